@@ -1,0 +1,1 @@
+"""gossamer: PyTorch networks made sparse while they train."""
