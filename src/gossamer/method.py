@@ -1,0 +1,101 @@
+"""What the engine asks of a method.
+
+The engine (`gossamer.attach`) knows when an optimizer steps; a method knows what to do about it. A method of hard
+masks lists its tensors and proposes new masks when an update is due; a method that learns masks or thresholds adds
+parameters and a penalty. Each overrides what it needs; nothing else depends on which method it is.
+"""
+
+from __future__ import annotations
+
+from abc import ABC
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from gossamer.masks import MaskedTensor
+
+Masks = None | Literal["zeros"] | Mapping[str, Tensor]
+"""Where masks come from at the start: the method, the zeros of the weights, or tensors by parameter name."""
+
+StateOf = Callable[[MaskedTensor], Mapping[str, Any]]
+"""Gives the optimizer's state of a tensor's parameter; empty before its first step."""
+
+
+@dataclass
+class Proposal:
+    """New masks, not yet in force.
+
+    Attributes:
+        changes: For each tensor that changes, the int8 mask of its groups on this rank (−1 active, 0 pruned) and the
+            number of active groups of the global tensor.
+        extras: Numbers worth recording, such as a threshold.
+    """
+
+    changes: list[tuple[MaskedTensor, Tensor, int]]
+    extras: dict[str, float] = field(default_factory=dict)
+
+
+class Method(ABC):
+    """A way to make a model sparse; see the module's text.
+
+    Attributes:
+        name: The name in recipes, tables and saved states.
+        tensors: The weights whose hard masks the engine enforces after every step; may be empty.
+        skip_step: Whether the optimizer's step is left out where this method updates its masks.
+    """
+
+    name: ClassVar[str]
+    tensors: Sequence[MaskedTensor] = ()
+    skip_step: bool = False
+
+    def bind(self, model: nn.Module, masks: Masks) -> None:
+        """Choose and check everything this method will touch, raising ConfigurationError; change nothing."""
+
+    def claims(self) -> list[str]:
+        """Names of the parameters that belong to this method alone."""
+        return [tensor.name for tensor in self.tensors]
+
+    def install(self) -> None:
+        """Change the model: first masks, hooks, parametrizations. Called once, after every method was bound."""
+
+    def learned(self) -> list[nn.Parameter]:
+        """Parameters this method added to the model, of at least one dimension; trained without weight decay."""
+        return []
+
+    def penalty(self) -> Tensor | None:
+        """This method's term of the loss of the present step."""
+        return None
+
+    def due(self, step: int) -> bool:
+        """Whether masks change with this optimizer step (the first is 1)."""
+        return False
+
+    def phases(self) -> dict[str, Callable[[int, StateOf], Proposal]]:
+        """What can be run by hand besides `update`, by name."""
+        return {}
+
+    def update(self, step: int, state: StateOf) -> Proposal:
+        """Propose new masks; gradients of the step are present. Runs before the optimizer's step."""
+        return Proposal([])
+
+    def after_step(self, step: int) -> None:
+        """Advance what changes with every step (temperatures); must not wait for the device."""
+
+    def finalize(self) -> None:
+        """Remove from the model whatever `install` put there, keeping the zeros."""
+
+    def config(self) -> dict[str, Any]:
+        """What a saved state must agree on with this method, as JSON values."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """State beyond masks: thresholds, counters, random state; tensors and JSON values."""
+        return {}
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Raise StateError where `load_state_dict` could not take this state; change nothing."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave."""

@@ -1,0 +1,116 @@
+"""What the engine knows about `torch.optim`: which optimizers it refuses, whose updates are element-wise, fresh state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, optim
+
+from gossamer.errors import ConfigurationError
+from gossamer.masks import MaskedTensor, enforce
+from gossamer.targets import local
+
+REFUSED: dict[type[optim.Optimizer], str] = {
+    optim.LBFGS: "it combines past steps of all weights in flat vectors, which masks cannot reach",
+    optim.SparseAdam: "it is for sparse gradients of embeddings, and masked weights have dense ones",
+}
+
+ELEMENTWISE: frozenset[type[optim.Optimizer]] = frozenset(
+    {
+        optim.SGD,
+        optim.Adam,
+        optim.AdamW,
+        optim.Adamax,
+        optim.NAdam,
+        optim.RAdam,
+        optim.Adagrad,
+        optim.Adadelta,
+        optim.RMSprop,
+        optim.Rprop,
+        optim.ASGD,
+    }
+)
+"""Optimizers in which a weight's step depends on that weight, its gradient and its state alone.
+
+For any other class, subclasses of these included, gradients of pruned weights are set to zero before the step.
+"""
+
+FRESH: dict[str, str] = {"step_size": "lr", "sum": "initial_accumulator_value"}
+"""State that does not begin at zero (Rprop, Adagrad), and the option of the parameter group it begins at."""
+
+SECOND_MOMENTS = ("zero", "mean")
+
+
+def unwrap(optimizer: object) -> optim.Optimizer:
+    """Return the `torch.optim.Optimizer` within Accelerate's wrapper, a scheduler or another wrapper.
+
+    Raises:
+        ConfigurationError: There is none, or it is one that masks cannot work with.
+    """
+    inner = optimizer
+    while isinstance(getattr(inner, "optimizer", None), optim.Optimizer):
+        inner = inner.optimizer  # type: ignore[attr-defined]
+    if not isinstance(inner, optim.Optimizer):
+        raise ConfigurationError(
+            f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}"
+        )
+    for refused, why in REFUSED.items():
+        if isinstance(inner, refused):
+            raise ConfigurationError(
+                f"optimizer: {type(inner).__name__} cannot train masked weights, since {why}; use another first-order optimizer"
+            )
+    return inner
+
+
+def parameters(optimizer: optim.Optimizer) -> Iterable[Tensor]:
+    """All parameters of an optimizer."""
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def is_elementwise(optimizer: optim.Optimizer) -> bool:
+    """Whether gradients of pruned weights cannot reach active ones through this optimizer."""
+    return type(optimizer) in ELEMENTWISE
+
+
+def refresh(
+    tensor: MaskedTensor, grown: Tensor, group: dict[str, Any], state: dict[str, Any], second_moment: str
+) -> None:
+    """Give newly active weights the optimizer state of a fresh parameter.
+
+    Every state tensor of the weight's shape is set to what it starts from: 0, or the value of `FRESH`. Factored and
+    flat state is left alone.
+
+    Args:
+        tensor: The weight, its mask already new.
+        grown: int8 mask of this rank's newly active weights, −1 where grown.
+        group: The parameter group.
+        state: The optimizer's state of the parameter.
+        second_moment: `"zero"`, or `"mean"`: Adam's second moment starts at the mean over the weights that were
+            active before, since an old step count makes a start at zero several learning rates long.
+    """
+    kept = grown.bitwise_not()
+    for key, value in state.items():
+        if (
+            not isinstance(value, Tensor)
+            or value.shape != tensor.parameter.shape
+            or not value.is_floating_point()
+        ):
+            continue
+        part = local(value)
+        if key == "exp_avg_sq" and second_moment == "mean":
+            part.copy_(torch.where(grown != 0, _active_mean(tensor, part, kept), part))
+        elif FRESH.get(key) in group:
+            part.masked_fill_(grown != 0, group[FRESH[key]])
+        else:
+            enforce(part, kept)
+
+
+def _active_mean(tensor: MaskedTensor, values: Tensor, kept: Tensor) -> Tensor:
+    old = (tensor.mask & kept) != 0
+    sums = torch.stack([torch.where(old, values, 0).sum(dtype=torch.float64), old.sum().double()])
+    if tensor.process_group is not None:
+        dist.all_reduce(sums, group=tensor.process_group)
+    return (sums[0] / sums[1].clamp(min=1)).to(values.dtype)

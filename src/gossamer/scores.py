@@ -1,0 +1,134 @@
+"""What makes a weight worth keeping or growing: functions from a `View` of a weight to a score for every weight.
+
+A score is called with a `View` and returns a *new* tensor of the view's shape; larger means more worth. A view may
+hold only some weights of a tensor (those that are ranked), so a score works weight by weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gossamer.errors import ConfigurationError
+from gossamer.masks import MaskedTensor
+from gossamer.structure import Element
+from gossamer.targets import closest, local
+
+Score = Callable[["View"], Tensor]
+
+
+class View:
+    """What a score may look at, for all weights of a tensor or for those at `index` (flat, on this rank)."""
+
+    def __init__(self, tensor: MaskedTensor, state: Mapping[str, Any], index: Tensor | None = None) -> None:
+        self._tensor = tensor
+        self._state = state
+        self._index = index
+
+    @property
+    def name(self) -> str:
+        """The parameter's name."""
+        return self._tensor.name
+
+    @property
+    def weight(self) -> Tensor:
+        """The weights."""
+        return self._take(self._tensor.parameter)
+
+    @property
+    def gradient(self) -> Tensor:
+        """The gradient of the coming step, dense, accumulated and reduced over ranks; zero where there is none."""
+        gradient = self._tensor.parameter.grad
+        return torch.zeros_like(self.weight) if gradient is None else self._take(gradient)
+
+    @property
+    def momentum(self) -> Tensor:
+        """The optimizer's running mean of gradients (zero before its first step).
+
+        Raises:
+            ConfigurationError: The optimizer keeps none.
+        """
+        for key in ("exp_avg", "momentum_buffer"):
+            if self._state.get(key) is not None:
+                return self._take(self._state[key])
+        if self._state:
+            raise ConfigurationError(
+                f"{self.name}: score 'momentum' needs an optimizer that keeps a running mean of gradients (SGD with "
+                f"momentum, Adam and its kin); the state of this one has {sorted(self._state)}"
+            )
+        return torch.zeros_like(self.weight)
+
+    def _take(self, tensor: Tensor) -> Tensor:
+        part = local(tensor)
+        return part if self._index is None else part.reshape(-1)[self._index]
+
+
+def magnitude(view: View) -> Tensor:
+    """`|w|`."""
+    return view.weight.abs()
+
+
+def gradient(view: View) -> Tensor:
+    """`|∂L/∂w|`, the dense gradient, also of pruned weights (RigL: Evci et al., 2020)."""
+    return view.gradient.abs()
+
+
+def momentum(view: View) -> Tensor:
+    """`|m|`, the optimizer's running mean of gradients (SNFS: Dettmers & Zettlemoyer, 2019)."""
+    return view.momentum.abs()
+
+
+def movement(view: View) -> Tensor:
+    """`-w · ∂L/∂w` at the coming step: positive where the step moves a weight away from zero (Sanh et al., 2020, eq. 4).
+
+    The paper sums this over training; a one-step score needs no buffer.
+    """
+    return view.weight.mul(view.gradient).neg_()
+
+
+SCORES: dict[str, Score] = {
+    "magnitude": magnitude,
+    "gradient": gradient,
+    "momentum": momentum,
+    "movement": movement,
+}
+
+
+def as_score(score: str | Score) -> Score:
+    """Look up a score by name; a function is returned as it is.
+
+    Raises:
+        ConfigurationError: An unknown name.
+    """
+    if callable(score):
+        return score
+    if score not in SCORES:
+        raise ConfigurationError(
+            f"score: got {score!r}; allowed are {', '.join(map(repr, SCORES))}, or a function of a View"
+            + closest(str(score), SCORES)
+        )
+    return SCORES[score]
+
+
+def group_scores(
+    tensor: MaskedTensor, score: Score, state: Mapping[str, Any], p: float = 2.0, index: Tensor | None = None
+) -> Tensor:
+    """Scores of groups: the Lp-norm of the scores of their weights.
+
+    Args:
+        tensor: The tensor.
+        score: The score of single weights.
+        state: The optimizer's state of this parameter (may be empty).
+        p: The norm's order.
+        index: Groups wanted, int64 `(n,)`; `None` for all on this rank.
+
+    Returns:
+        New tensor `(n,)`.
+    """
+    if isinstance(tensor.structure, Element):
+        return score(View(tensor, state, index)).reshape(-1)
+    values = tensor.structure.reduce(score(View(tensor, state)), tensor.input_dim, p)
+    return values if index is None else values[index]

@@ -1,0 +1,93 @@
+"""How sparse a model is: a table of its masked tensors, and totals."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from gossamer.method import Method
+from gossamer.targets import parameter_count
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Counts of active weights.
+
+    Attributes:
+        rows: For each masked tensor `name`, `shape`, `method`, `structure`, `total`, `active`, `sparsity`; a list
+            that `pandas.DataFrame` takes as it is.
+        totals: `targets_total`, `targets_active`, `targets_sparsity` over the masked tensors; `all_total`,
+            `all_nonzero`, `all_sparsity` over all parameters, where every unmasked one counts as nonzero.
+    """
+
+    rows: list[dict[str, Any]]
+    totals: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Rows and totals as JSON values."""
+        return {"rows": self.rows, "totals": self.totals}
+
+    def table(self) -> Table:
+        """The summary as a rich table."""
+        table = Table(title="Sparsity", show_footer=True)
+        totals = self.totals
+        table.add_column("parameter", footer="in all\nof the whole model", overflow="fold")
+        table.add_column("shape")
+        table.add_column("method")
+        table.add_column(
+            "total", justify="right", footer=f"{totals['targets_total']:,}\n{totals['all_total']:,}"
+        )
+        table.add_column(
+            "active", justify="right", footer=f"{totals['targets_active']:,}\n{totals['all_nonzero']:,}"
+        )
+        footer = f"{totals['targets_sparsity']:.4f}\n{totals['all_sparsity']:.4f}"
+        table.add_column("sparsity", justify="right", footer=footer)
+        for row in self.rows:
+            kind = row["method"] if row["structure"] == "element" else f"{row['method']} {row['structure']}"
+            shape = "×".join(map(str, row["shape"]))
+            table.add_row(
+                row["name"], shape, kind, f"{row['total']:,}", f"{row['active']:,}", f"{row['sparsity']:.4f}"
+            )
+        return table
+
+    def __str__(self) -> str:
+        console = Console(file=io.StringIO(), width=110)
+        console.print(self.table())
+        return str(console.file.getvalue()).rstrip()  # type: ignore[attr-defined]
+
+
+def summarize(model: nn.Module, methods: Sequence[Method]) -> Summary:
+    """Count the active weights of the tensors of `methods` within `model`."""
+    rows = [
+        {
+            "name": tensor.name,
+            "shape": list(tensor.shape),
+            "method": method.name,
+            "structure": str(tensor.structure),
+            "total": tensor.weights,
+            "active": tensor.active,
+            "sparsity": 1 - tensor.active / tensor.weights,
+        }
+        for method in methods
+        for tensor in method.tensors
+    ]
+    total, active = (sum(row[key] for row in rows) for key in ("total", "active"))
+    whole = parameter_count(model)
+    nonzero = whole - total + active
+    return Summary(
+        rows,
+        {
+            "targets_total": total,
+            "targets_active": active,
+            "targets_sparsity": 1 - active / total if total else 0.0,
+            "all_total": whole,
+            "all_nonzero": nonzero,
+            "all_sparsity": 1 - nonzero / whole if whole else 0.0,
+        },
+    )

@@ -1,0 +1,230 @@
+"""Which weights a method works on: globs, module types or predicates over *parameter names*.
+
+A target is a weight of two or more dimensions. Without a selection these are the weights of every linear layer,
+convolution (also transposed), recurrent layer or cell and multi-head attention; never a bias, a normalisation
+weight or an embedding, nor a weight tied to an embedding.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from gossamer.errors import ConfigurationError
+
+Predicate = Callable[[str, nn.Module, nn.Parameter], bool]
+"""Takes the parameter's name, the module that owns it and the parameter; returns whether it is a target."""
+
+Selection = None | str | type[nn.Module] | Predicate | Sequence["str | type[nn.Module] | Predicate"]
+
+WEIGHTED = (
+    nn.Linear,
+    nn.modules.conv._ConvNd,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+)
+"""The module types whose weights are targets without being named."""
+
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""The name parts that `torch.compile`, FSDP and activation checkpointing put into parameter names."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One selected weight.
+
+    Attributes:
+        name: Parameter name in the model, without the parts that wrappers add.
+        owner: The module that holds it; asking the owner always finds the present Parameter, also after a
+            wrapper or `load_state_dict(assign=True)` has replaced it.
+        attribute: The parameter's name in `owner`.
+        input_dim: The dimension that runs over inputs (0 for transposed convolutions, else 1).
+    """
+
+    name: str
+    owner: nn.Module
+    attribute: str
+    input_dim: int
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter as it is in the model now."""
+        found = self.owner._parameters[self.attribute]
+        assert found is not None
+        return found
+
+
+def plain_name(name: str) -> str:
+    """Return a parameter's or module's name without the parts that wrappers add (see `WRAPPERS`)."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def named_weights(model: nn.Module) -> Iterator[tuple[Target, list[nn.Module]]]:
+    """Yield every parameter once, under its first name, with all modules that hold it (several where it is tied)."""
+    owners: dict[int, list[nn.Module]] = {}
+    first: dict[int, tuple[str, nn.Module, str]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                name = plain_name(f"{prefix}.{attribute}" if prefix else attribute)
+                first.setdefault(id(parameter), (name, module, attribute))
+                owners.setdefault(id(parameter), []).append(module)
+    for key, (name, module, attribute) in first.items():
+        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+        yield Target(name, module, attribute, 0 if transposed else 1), owners[key]
+
+
+def select(model: nn.Module, selection: Selection) -> list[Target]:
+    """Resolve a selection to the weights of `model`, in the order of `model.named_parameters()`.
+
+    Args:
+        model: The model, before any wrapper.
+        selection: `None` for the default (see the module's text); a glob over parameter names (`"layer*"`;
+            one that starts with `!` excludes); a module type; a predicate; or a sequence of these. Globs and
+            types choose among the default weights; an exact name or a predicate reaches any parameter.
+
+    Raises:
+        ConfigurationError: A glob or type matches nothing, nothing is left, or a chosen tensor cannot be masked
+            (fewer than two dimensions, not floating point, lazy, or computed by a parametrization).
+    """
+    found = list(named_weights(model))
+    eligible = {
+        target.name
+        for target, owners in found
+        if isinstance(target.owner, WEIGHTED)
+        and _dims(target) >= 2
+        and not any(isinstance(owner, nn.Embedding | nn.EmbeddingBag) for owner in owners)
+    }
+    if selection is None:
+        chosen = eligible
+    else:
+        chosen = _choose(found, eligible, selection)
+    targets = [target for target, _ in found if target.name in chosen]
+    if not targets:
+        raise ConfigurationError(
+            f"no weight to make sparse in {type(model).__name__} with targets={selection!r}: the default takes "
+            "weights of two or more dimensions of linear, convolutional, recurrent and attention layers; "
+            "name other parameters exactly, or give a predicate"
+        )
+    for target in targets:
+        _check(target)
+    return targets
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a name matches a glob, case-sensitively; `*` also matches dots."""
+    return fnmatchcase(name, pattern)
+
+
+def closest(name: str, allowed: Iterable[str]) -> str:
+    """Return `"; did you mean 'x'?"` for the nearest allowed name, or an empty string."""
+    near = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _dims(target: Target) -> int:
+    parameter = target.parameter
+    return 0 if isinstance(parameter, nn.UninitializedParameter) else parameter.dim()
+
+
+def _choose(
+    found: list[tuple[Target, list[nn.Module]]], eligible: set[str], selection: Selection
+) -> set[str]:
+    parts = (
+        [selection] if isinstance(selection, str) or not isinstance(selection, Sequence) else list(selection)
+    )
+    names = {target.name for target, _ in found}
+    chosen: set[str] = set()
+    excluded: set[str] = set()
+    only_exclusions = True
+    for part in parts:
+        if isinstance(part, str):
+            pattern = part.removeprefix("!")
+            hits = {pattern} if pattern in names else {n for n in eligible if matches(n, pattern)}
+            if not hits:
+                others = sorted(n for n in names if matches(n, pattern))
+                raise ConfigurationError(
+                    f"targets: {part!r} matches no weight of two or more dimensions of a linear, convolutional, "
+                    "recurrent or attention layer"
+                    + (f"; it does match {_some(others)}: name such a parameter exactly" if others else "")
+                    + (closest(pattern, names) if not others else "")
+                    + f". Eligible: {_some(sorted(eligible))}"
+                )
+            if part.startswith("!"):
+                excluded |= hits
+            else:
+                chosen |= hits
+                only_exclusions = False
+        elif isinstance(part, type) and issubclass(part, nn.Module):
+            hits = {t.name for t, _ in found if isinstance(t.owner, part) and _dims(t) >= 2}
+            if not hits:
+                raise ConfigurationError(
+                    f"targets: the model has no {part.__name__} with a weight of two or more dimensions; "
+                    f"it has {_some(sorted({type(t.owner).__name__ for t, _ in found}))}"
+                )
+            chosen |= hits
+            only_exclusions = False
+        elif callable(part):
+            hits = {t.name for t, _ in found if part(t.name, t.owner, t.parameter)}
+            if not hits:
+                raise ConfigurationError(
+                    f"targets: the predicate {part!r} holds for no parameter of the model"
+                )
+            chosen |= hits
+            only_exclusions = False
+        else:
+            raise ConfigurationError(
+                f"targets: expected globs, module types or predicates, got {part!r} ({type(part).__name__})"
+            )
+    return (eligible if only_exclusions else chosen) - excluded
+
+
+def _check(target: Target) -> None:
+    parameter = target.parameter
+    if isinstance(parameter, nn.UninitializedParameter):
+        raise ConfigurationError(
+            f"{target.name}: the layer is lazy and has no weight yet; run one forward first"
+        )
+    if parameter.dim() < 2:
+        raise ConfigurationError(
+            f"{target.name}: has shape {tuple(parameter.shape)}; masks are for weights of two or more dimensions"
+        )
+    if not parameter.is_floating_point():
+        raise ConfigurationError(
+            f"{target.name}: has dtype {parameter.dtype}; only real floating-point weights can be masked, "
+            f"exclude it with targets=['!{target.name}']"
+        )
+    if parameter.device.type == "meta":
+        raise ConfigurationError(
+            f"{target.name}: is on the meta device and has no values; give the model memory "
+            "(`model.to_empty(device=...)`) and initialise it first"
+        )
+    if isinstance(target.owner, parametrize.ParametrizationList) or hasattr(
+        target.owner, f"{target.attribute.removesuffix('_orig')}_mask"
+    ):
+        raise ConfigurationError(
+            f"{target.name}: this weight is computed from others by a parametrization or by torch.nn.utils.prune; "
+            "remove that first (`parametrize.remove_parametrizations`, `gossamer.import_torch_masks`)"
+        )
+
+
+def _some(names: Sequence[str], most: int = 6) -> str:
+    return ", ".join(names[:most]) + (f" … ({len(names)} in all)" if len(names) > most else "") or "none"
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Number of parameters of a model, tied ones once."""
+    return sum(p.numel() for p in model.parameters() if not isinstance(p, nn.UninitializedParameter))
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of a sharded tensor (DTensor), or the tensor itself; it shares memory with its argument."""
+    detached = tensor.detach()
+    return detached.to_local() if hasattr(detached, "to_local") else detached

@@ -1,0 +1,208 @@
+"""Dynamic sparse reparameterization: prune by a global threshold, reallocate what was freed across tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gossamer.distribution import Distribution, apportion
+from gossamer.errors import ConfigurationError, StateError
+from gossamer.masks import count_over_shards, sample, smallest
+from gossamer.method import Proposal, StateOf
+from gossamer.schedule import Schedule, as_schedule, check_integer, check_number
+from gossamer.scores import group_scores, magnitude
+from gossamer.targets import closest
+from gossamer.weights.masked import MaskMethod
+
+HEURISTICS: dict[str, Callable[[int, int, int], int]] = {
+    "paper": lambda total, before, left: left,
+    "within": lambda total, before, left: before - left,
+    "anti-paper": lambda total, before, left: total - left,
+}
+"""How much of what was freed a tensor gets, in proportion to a function of its groups in all, before and after pruning."""
+
+
+@dataclass(eq=False)
+class DSR(MaskMethod):
+    """Dynamic sparse reparameterization (Mostafa & Wang, 2019, Algorithm 1).
+
+    An update prunes the active groups whose norm is below a threshold `H`, at least one is left in every tensor;
+    grows exactly as many at random, none of those just pruned, `G_l ∝ R_l` in a tensor with `R_l` survivors; and
+    adapts the threshold: `H ← H/gain` where more than `(1 + tolerance)` of the intended number were pruned,
+    `H ← H·gain` where fewer than `(1 − tolerance)`. The budget is exact after every update: what a full tensor
+    cannot take goes to the others, and groups just pruned return only where there is no other room.
+
+    The three steps are also phases of their own, `Sparsity.update("prune")`, `"reallocate"`, `"adjust_threshold"`.
+
+    Args:
+        every: Steps between updates, or a schedule such as `EpochPeriods`.
+        until: Last step at which masks change.
+        prune_fraction: Intended number of weights to prune at an update, as a fraction in (0, 1) of the weights
+            that `over` names.
+        prune_count: The same as a number, instead of the fraction (the paper: 20,000 for WRN-28-2).
+        threshold: First threshold `H`, of the Lp-norm of a group.
+        tolerance: Tolerated relative deviation from the intended number, in [0, 1).
+        gain: Factor by which the threshold is adapted, above 1.
+        heuristic: Shares of the tensors in what was freed: `"paper"` (in proportion to survivors), `"within"`
+            (each tensor gets back what it lost), `"anti-paper"` (in proportion to what is not surviving).
+
+    See `MaskMethod` for the other arguments.
+    """
+
+    _: KW_ONLY
+    distribution: Distribution = "uniform"
+    every: int | Schedule = 100
+    until: int | None = None
+    prune_fraction: float = 0.01
+    prune_count: int | None = None
+    threshold: float = 1e-3
+    tolerance: float = 0.1
+    gain: float = 2.0
+    heuristic: str = "paper"
+
+    name = "dsr"
+
+    def _check(self) -> None:
+        super()._check()
+        self._schedule = as_schedule(self.every, until=self.until)
+        check_number("prune_fraction", self.prune_fraction, 0, 1, open_high=True)
+        if self.prune_count is not None:
+            check_integer("prune_count", self.prune_count, at_least=1)
+        for field in ("threshold", "gain"):
+            check_number(field, getattr(self, field), 0, float("inf"), open_high=True)
+        check_number("tolerance", self.tolerance, 0, 1, open_high=True)
+        if self.threshold == 0 or self.gain <= 1:
+            raise ConfigurationError(
+                f"threshold={self.threshold}, gain={self.gain}: the threshold must be above 0 and the gain above 1, or the "
+                "threshold could never adapt"
+            )
+        if self.heuristic not in HEURISTICS:
+            raise ConfigurationError(
+                f"heuristic: got {self.heuristic!r}; allowed are {', '.join(map(repr, HEURISTICS))}"
+                + closest(str(self.heuristic), HEURISTICS)
+            )
+
+    def _start(self, given: list[tuple[Tensor, int]] | None) -> list[tuple[Tensor, int]]:
+        masks = super()._start(given)
+        self.budget = sum(active for _, active in masks)
+        weights = (
+            self.all_parameters if self.over == "all" else sum(tensor.weights for tensor in self.tensors)
+        )
+        self.intended = self.prune_count if self.prune_count is not None else self.prune_fraction * weights
+        self._pruned: list[Tensor] | None = None
+        self._before = [active for _, active in masks]
+        self._last_pruned = 0
+        return masks
+
+    def due(self, step: int) -> bool:
+        """See `Method.due`."""
+        return self._schedule.due(step)
+
+    def phases(self) -> dict[str, Callable[[int, StateOf], Proposal]]:
+        """See `Method.phases`."""
+        return {
+            "prune": self._prune_alone,
+            "reallocate": self._reallocate_alone,
+            "adjust_threshold": self._adjust_alone,
+        }
+
+    def update(self, step: int, state: StateOf) -> Proposal:
+        """See `Method.update`."""
+        alive, active = self._alive(), self._active()
+        active = self._prune(alive, active, state)
+        active = self._reallocate(alive, active)
+        self._adjust()
+        return self._proposal(alive, active)
+
+    def _prune_alone(self, step: int, state: StateOf) -> Proposal:
+        alive = self._alive()
+        return self._proposal(alive, self._prune(alive, self._active(), state))
+
+    def _reallocate_alone(self, step: int, state: StateOf) -> Proposal:
+        alive = self._alive()
+        return self._proposal(alive, self._reallocate(alive, self._active()))
+
+    def _adjust_alone(self, step: int, state: StateOf) -> Proposal:
+        self._adjust()
+        return self._proposal([], [])
+
+    def _proposal(self, alive: list[Tensor], active: list[int]) -> Proposal:
+        return Proposal(list(zip(self.tensors, alive, active, strict=False)), {"threshold": self.threshold})
+
+    def _prune(self, alive: list[Tensor], active: list[int], state: StateOf) -> list[int]:
+        index = [(mask != 0).nonzero().view(-1) for mask in alive]
+        norms = [
+            group_scores(tensor, magnitude, state(tensor), self.p, positions)
+            for tensor, positions in zip(self.tensors, index, strict=True)
+        ]
+        below = count_over_shards(self.tensors, [(norm < self.threshold).sum() for norm in norms])
+        # The largest survives even where all are below the threshold: an empty tensor cuts the network in two.
+        counts = [min(low, now - 1) for low, now in zip(below, active, strict=True)]
+        chosen = smallest(self.tensors, norms, counts)
+        self._pruned = [positions[choice] for positions, choice in zip(index, chosen, strict=True)]
+        self._before = active
+        self._last_pruned = sum(counts)
+        for mask, gone in zip(alive, self._pruned, strict=True):
+            mask.index_fill_(0, gone, 0)
+        return [now - count for now, count in zip(active, counts, strict=True)]
+
+    def _reallocate(self, alive: list[Tensor], active: list[int]) -> list[int]:
+        pruned = self._pruned or [mask.new_empty(0, dtype=torch.int64) for mask in alive]
+        self._pruned = None
+        if self.tensors[0].structure.cell is not None:
+            for i, mask in enumerate(alive):
+                alive[i] = self._refill(i, mask, pruned[i], None)
+            return [
+                tensor.groups * n // m
+                for tensor in self.tensors
+                for n, m in [tensor.structure.cell or (1, 1)]
+            ]
+        freed = self.budget - sum(active)
+        lost = count_over_shards(
+            self.tensors, [torch.tensor(len(gone), device=gone.device) for gone in pruned]
+        )
+        rooms = [t.groups - now - gone for t, now, gone in zip(self.tensors, active, lost, strict=True)]
+        free = [mask == 0 for mask in alive]
+        if sum(rooms) >= freed:
+            for places, gone in zip(free, pruned, strict=True):
+                places.index_fill_(0, gone, False)
+        else:
+            rooms = [tensor.groups - now for tensor, now in zip(self.tensors, active, strict=True)]
+        share = HEURISTICS[self.heuristic]
+        wanted = [
+            share(t.groups, was, now) for t, was, now in zip(self.tensors, self._before, active, strict=True)
+        ]
+        grow = apportion(freed, wanted, rooms)
+        for mask, grown in zip(alive, sample(self.tensors, free, rooms, grow, self.generator), strict=True):
+            mask.index_fill_(0, grown, -1)
+        return [now + more for now, more in zip(active, grow, strict=True)]
+
+    def _adjust(self) -> None:
+        pruned = self._last_pruned * self.group_size
+        if pruned > (1 + self.tolerance) * self.intended:
+            self.threshold /= self.gain
+        elif pruned < (1 - self.tolerance) * self.intended:
+            self.threshold *= self.gain
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Method.state_dict`."""
+        return super().state_dict() | {"threshold": self.threshold, "budget": self.budget}
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """See `Method.check_state`."""
+        super().check_state(state)
+        if state.get("budget") != self.budget:
+            raise StateError(
+                f"{self.name}: the saved budget is {state.get('budget')} active groups, the attached one {self.budget}; attach "
+                "with the sparsity the state was saved with"
+            )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `Method.load_state_dict`."""
+        super().load_state_dict(state)
+        self.threshold = float(state["threshold"])
+        self._pruned = None

@@ -1,0 +1,98 @@
+"""Gradual magnitude pruning: from dense to the asked sparsity along a cubic ramp."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+
+from torch import Tensor
+
+from gossamer.distribution import Distribution, Share, allocate
+from gossamer.errors import ConfigurationError
+from gossamer.method import Proposal, StateOf
+from gossamer.schedule import Periodic, check_number, cubic_ramp
+from gossamer.scores import Score, as_score
+from gossamer.weights.masked import MaskMethod
+from gossamer.weights.ranking import prune_to
+
+
+@dataclass(eq=False)
+class GMP(MaskMethod):
+    """Prune the lowest scores every so often until the sparsity is reached (Zhu & Gupta, 2017, eq. 1).
+
+    The number of active groups follows the cubic ramp `s_t = s_f + (s_i - s_f)(1 - (t - t_0)/(t_1 - t_0))³`; the
+    last pruning is at step `end`, whatever `every` is. A pruned weight does not come back.
+
+    Args:
+        end: Step at which the sparsity is reached.
+        begin: Step after which pruning starts.
+        every: Steps between prunings.
+        initial_sparsity: Sparsity pruned to when attached, in [0, sparsity].
+        score: What is pruned is smallest in this score.
+        distribution: Also `"global"`: all weights are ranked together, and each tensor keeps at least one group.
+
+    See `MaskMethod` for the other arguments.
+    """
+
+    _: KW_ONLY
+    end: int
+    begin: int = 0
+    every: int = 100
+    initial_sparsity: float = 0.0
+    score: str | Score = "magnitude"
+    distribution: Distribution = "uniform"
+
+    name = "gmp"
+
+    def _check(self) -> None:
+        super()._check()
+        self._schedule = Periodic(self.every, self.begin, self.end)
+        check_number("initial_sparsity", self.initial_sparsity, 0, 1, open_high=True)
+        if self.sparsity is not None and self.initial_sparsity > self.sparsity:
+            raise ConfigurationError(
+                f"initial_sparsity={self.initial_sparsity} is above sparsity={self.sparsity}; give at most that"
+            )
+        as_score(self.score)
+
+    def due(self, step: int) -> bool:
+        """See `Method.due`."""
+        return self._schedule.due(step) or step == self.end
+
+    def update(self, step: int, state: StateOf) -> Proposal:
+        """See `Method.update`."""
+        left = cubic_ramp(step, self.begin, self.end, 1.0, 0.0)
+        counts = [
+            final + round((first - final) * left) for first, final in zip(self._from, self._to, strict=True)
+        ]
+        alive = self._alive()
+        active = prune_to(self.tensors, alive, self._active(), counts, as_score(self.score), state, self.p)
+        return Proposal(list(zip(self.tensors, alive, active, strict=True)))
+
+    def _start(self, given: list[tuple[Tensor, int]] | None) -> list[tuple[Tensor, int]]:
+        masks = given or [(tensor.alive(), tensor.groups) for tensor in self.tensors]
+        self._to = self._counts(self.sparsity)
+        if given is None and self.initial_sparsity:
+            alive = [each for each, _ in masks]
+            counts = self._counts(self.initial_sparsity)
+            active = prune_to(
+                self.tensors, alive, self._active(), counts, as_score(self.score), lambda _: {}, self.p
+            )
+            masks = list(zip(alive, active, strict=True))
+        self._from = [active for _, active in masks]
+        if len(self._to) == 1:
+            self._from = [sum(self._from)]
+        for tensor, first, final in zip(self.tensors, self._from, self._to, strict=False):
+            if first < final:
+                raise ConfigurationError(
+                    f"{type(self).__name__}: {tensor.name} starts with {first} active groups, fewer than the {final} of the "
+                    "end; choose a higher sparsity, or leave this weight out of targets"
+                )
+        return masks
+
+    def _counts(self, sparsity: float | None) -> list[int]:
+        """Active groups of each tensor, or of all together for a global ranking."""
+        structure = self.tensors[0].structure
+        shares = [Share(tensor.name, tensor.shape, structure) for tensor in self.tensors]
+        active = self._budget(shares, sparsity)
+        if self.distribution == "global" and structure.cell is None:
+            return [active // structure.size]
+        return allocate(self.distribution, shares, active)

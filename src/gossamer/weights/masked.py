@@ -1,0 +1,217 @@
+"""What all methods of hard weight masks share: the selection of tensors, the budget, the first masks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.distribution import Distribution, Share, allocate, budget
+from gossamer.errors import ConfigurationError, StateError
+from gossamer.masks import MaskedTensor, largest_in_cells, sample
+from gossamer.method import Masks, Method
+from gossamer.schedule import check_integer, check_number
+from gossamer.structure import Structure, as_structure
+from gossamer.targets import Selection, local, parameter_count, select
+
+
+@dataclass(eq=False)
+class MaskMethod(Method):
+    """A method of hard masks over a set of weights under one budget.
+
+    Args:
+        sparsity: Fraction of zeros, in [0, 1). `None` where an explicit distribution, an N:M structure or given
+            masks say it.
+        targets: Which weights; see `gossamer.targets.select`.
+        structure: Which weights live or die together; see `gossamer.structure.as_structure`.
+        distribution: How the budget is split over tensors; see `gossamer.distribution.allocate`.
+        over: `"targets"` or `"all"`: what the sparsity is a fraction of; see `gossamer.distribution.budget`.
+        p: Order of the Lp-norm that scores a group of weights.
+        seed: Seed of the method's own random generator; the same on all ranks.
+
+    Raises:
+        ConfigurationError: A value out of range, when the method is made.
+    """
+
+    sparsity: float | None = None
+    _: KW_ONLY
+    targets: Selection = None
+    structure: str | Structure = "element"
+    distribution: Distribution = "erk"
+    over: str = "targets"
+    p: float = 2.0
+    seed: int = 0
+    tensors: list[MaskedTensor] = field(default_factory=list, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        try:
+            self._check()
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{type(self).__name__}: {error}") from None
+
+    def _check(self) -> None:
+        if self.sparsity is not None:
+            check_number("sparsity", self.sparsity, 0, 1, open_high=True)
+        check_number("p", self.p, 0, float("inf"))
+        if self.p == 0:
+            raise ConfigurationError("p: the order of a norm must be positive, got 0")
+        check_integer("seed", self.seed, at_least=0)
+        if self.over not in ("targets", "all"):
+            raise ConfigurationError(f"over: got {self.over!r}; allowed are 'targets' and 'all'")
+        if isinstance(self.structure, str):
+            as_structure(self.structure)
+
+    def bind(self, model: nn.Module, masks: Masks) -> None:
+        """See `Method.bind`."""
+        structure = as_structure(self.structure)
+        self.tensors = [MaskedTensor(target, structure) for target in select(model, self.targets)]
+        self.generator = torch.Generator().manual_seed(self.seed)
+        self.all_parameters = parameter_count(model)
+        given = None if masks is None else [self._given(tensor, masks) for tensor in self.tensors]
+        self._first = self._start(given)
+
+    def install(self) -> None:
+        """See `Method.install`."""
+        for tensor, (alive, active) in zip(self.tensors, self._first, strict=True):
+            tensor.set_alive(alive, active)
+        del self._first
+
+    def config(self) -> dict[str, Any]:
+        """See `Method.config`."""
+        return {"method": self.name, "structure": str(as_structure(self.structure)), "targets": self.claims()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Method.state_dict`."""
+        return {"generator": self.generator.get_state()}
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """See `Method.check_state`."""
+        random = state.get("generator")
+        if not isinstance(random, Tensor) or random.dtype != torch.uint8:
+            raise StateError(
+                f"{self.name}: the saved state has no random state; it is not one of this method"
+            )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `Method.load_state_dict`."""
+        self.generator.set_state(state["generator"].cpu())
+
+    @property
+    def group_size(self) -> int:
+        """Weights in a group."""
+        return as_structure(self.structure).size
+
+    def _start(self, given: list[tuple[Tensor, int]] | None) -> list[tuple[Tensor, int]]:
+        """The first masks of groups with their active counts: those given, or random ones within the budget."""
+        if given is None:
+            return self._random_masks(self._split())
+        if self.sparsity is not None:
+            asked, found = sum(self._split()), sum(active for _, active in given)
+            if asked != found:
+                raise ConfigurationError(
+                    f"{type(self).__name__}: sparsity={self.sparsity} asks for {asked * self.group_size} active weights, but "
+                    f"the given masks have {found * self.group_size}; leave sparsity out to keep the masks' own"
+                )
+        return given
+
+    def _split(self) -> list[int]:
+        """Active groups of each tensor."""
+        shares = [Share(tensor.name, tensor.shape, tensor.structure) for tensor in self.tensors]
+        return allocate(self.distribution, shares, self._budget(shares, self.sparsity))
+
+    def _budget(self, shares: list[Share], sparsity: float | None) -> int:
+        """Active weights in all."""
+        cell = shares[0].structure.cell
+        total = sum(share.weights for share in shares)
+        if cell is not None:
+            implied = 1 - cell[0] / cell[1]
+            if sparsity is not None and abs(sparsity - implied) > 1e-9:
+                raise ConfigurationError(
+                    f"{type(self).__name__}: sparsity={sparsity} disagrees with structure {shares[0].structure}, which has "
+                    f"sparsity {implied:g}; leave sparsity out"
+                )
+            return total * cell[0] // cell[1]
+        if isinstance(self.distribution, Mapping):
+            if sparsity is not None:
+                raise ConfigurationError(
+                    f"{type(self).__name__}: sparsity={sparsity} beside an explicit distribution; give one of the two"
+                )
+            return total
+        if sparsity is None:
+            raise ConfigurationError(
+                f"{type(self).__name__}: no sparsity; give it (in [0, 1)), or an explicit distribution, an N:M structure, or "
+                "masks to `attach`"
+            )
+        return budget(sparsity, shares, self.all_parameters, self.over)
+
+    def _random_masks(self, counts: list[int]) -> list[tuple[Tensor, int]]:
+        masks = []
+        for tensor, count in zip(self.tensors, counts, strict=True):
+            if tensor.structure.cell is not None:
+                n, m = tensor.structure.cell
+                scores = torch.rand(tensor.groups, generator=self.generator)
+                alive = largest_in_cells(scores, torch.tensor([n]), m).to(torch.int8).neg_()
+            else:
+                eligible = torch.ones(tensor.groups, dtype=torch.bool)
+                (chosen,) = sample([tensor], [eligible], [tensor.groups], [count], self.generator)
+                alive = torch.zeros(tensor.groups, dtype=torch.int8).index_fill_(0, chosen, -1)
+            masks.append((alive.to(tensor.mask.device), count))
+        return masks
+
+    def _given(self, tensor: MaskedTensor, masks: Masks) -> tuple[Tensor, int]:
+        """Read one tensor's given mask, as a mask of groups."""
+        assert masks is not None
+        if isinstance(masks, str):
+            if masks != "zeros":
+                raise ConfigurationError(
+                    f"masks: got {masks!r}; allowed are 'zeros' or a mapping name → mask"
+                )
+            kept = local(tensor.parameter) != 0
+        else:
+            if tensor.name not in masks:
+                raise ConfigurationError(f"masks: none for {tensor.name}; there are {sorted(masks)}")
+            kept = masks[tensor.name].to(tensor.mask.device) != 0
+            if tuple(kept.shape) != tensor.shape:
+                raise ConfigurationError(
+                    f"masks: {tensor.name} has shape {tensor.shape}, its mask {tuple(kept.shape)}"
+                )
+        mask = kept.to(torch.int8).neg_()
+        alive = tensor.structure.collapse(mask, tensor.input_dim)
+        if (active := int((alive != 0).sum())) == 0:
+            raise ConfigurationError(
+                f"{tensor.name}: its mask has no active weight; give it one, or exclude it from targets"
+            )
+        if tensor.structure.cell is not None:
+            n, m = tensor.structure.cell
+            wrong = int((alive.view(-1, m).sum(1) != -n).sum())
+            if wrong:
+                raise ConfigurationError(
+                    f"{tensor.name}: {wrong} of {tensor.groups // m} cells of {m} weights do not have exactly {n} active, as "
+                    f"structure {tensor.structure} asks; prune with this structure first (gossamer.prune)"
+                )
+        return alive, active
+
+    def _alive(self) -> list[Tensor]:
+        return [tensor.alive() for tensor in self.tensors]
+
+    def _active(self) -> list[int]:
+        return [tensor.active // self.group_size for tensor in self.tensors]
+
+    def _refill(self, index: int, kept: Tensor, dropped: Tensor, scores: Tensor | None) -> Tensor:
+        """Bring every cell of an N:M tensor back to N active groups, by score or at random.
+
+        Groups just dropped come last, so that they return only where a cell has no others.
+        """
+        tensor = self.tensors[index]
+        assert tensor.structure.cell is not None
+        n, m = tensor.structure.cell
+        if scores is None:
+            whole = torch.rand(tensor.groups, generator=self.generator)
+            scores = whole[tensor.first_group : tensor.first_group + len(kept)].to(kept.device)
+        scores.index_fill_(0, dropped, torch.finfo(scores.dtype).min)
+        scores.masked_fill_(kept != 0, -torch.inf)
+        missing = kept.view(-1, m).sum(1).add(n)
+        return kept - largest_in_cells(scores, missing, m).to(torch.int8)

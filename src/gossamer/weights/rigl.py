@@ -1,0 +1,32 @@
+"""RigL: growth by the dense gradient."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+
+from gossamer.schedule import cosine_decay
+from gossamer.weights.drop_grow import DropGrow
+
+
+@dataclass(eq=False)
+class RigL(DropGrow):
+    """The rigged lottery: drop the smallest weights, grow those with the largest gradient (Evci et al., 2020, Alg. 1).
+
+    The drop fraction decays as `α/2 (1 + cos(π t/T))` with `T = until`. The gradient is the one of the coming step:
+    dense, averaged over accumulated micro-batches and over ranks. A weight that is dropped and grown in the same
+    update stays as it is. See `DropGrow` and `MaskMethod` for the other arguments.
+
+    Args:
+        skip_step: Whether the optimizer's step is left out at updates, as in the paper.
+    """
+
+    _: KW_ONLY
+    skip_step: bool = True
+
+    name = "rigl"
+    grow_score = "gradient"
+    regrow_dropped = True
+
+    def fraction(self, step: int) -> float:
+        """See `DropGrow.fraction`."""
+        return cosine_decay(step, self.until, self.drop_fraction)
