@@ -3,7 +3,7 @@
 from importlib.metadata import version
 
 from gossamer import schedule, scores
-from gossamer.attach import MaskUpdate, Sparsity, attach
+from gossamer.attach import Sparsity, attach
 from gossamer.errors import (
     ConfigurationError,
     DataError,
@@ -12,7 +12,7 @@ from gossamer.errors import (
     OrderError,
     StateError,
 )
-from gossamer.method import Method
+from gossamer.method import MaskUpdate, Method
 from gossamer.structure import NM, Block, Element
 from gossamer.summary import Summary
 from gossamer.weights import DSR, GMP, SET, RigL, Static

@@ -79,7 +79,8 @@ def budget(sparsity: float, shares: Sequence[Share], all_parameters: int, over: 
     if left < len(shares):
         raise ConfigurationError(
             f"sparsity={sparsity} over all {all_parameters} parameters leaves {left} active weights for "
-            f"{len(shares)} sparse tensors, since {dense} parameters stay dense; choose a lower sparsity or over='targets'"
+            f"{len(shares)} sparse tensors, since {dense} parameters stay dense; choose a lower sparsity or "
+            "over='targets'"
         )
     return left
 
@@ -133,9 +134,7 @@ def allocate(distribution: Distribution, shares: Sequence[Share], active: int) -
     return apportion(active // size, weights, groups, least=1)
 
 
-def apportion(
-    total: int, weights: Sequence[Fraction | int], capacities: Sequence[int], least: int = 0
-) -> list[int]:
+def apportion(total: int, weights: Sequence[Fraction | int], capacities: Sequence[int], least: int = 0) -> list[int]:
     """Split `total` in proportion to `weights`, none above its capacity, exactly (largest remainder).
 
     What a full tensor cannot take goes to the others in proportion. Where all weights of those with room are zero,
@@ -188,7 +187,8 @@ def _explicit(distribution: Mapping[str, float], shares: Sequence[Share]) -> lis
         pattern = next((glob for glob in distribution if matches(share.name, glob)), None)
         if pattern is None:
             raise ConfigurationError(
-                f"distribution: no glob of {list(distribution)} gives {share.name} a sparsity; add one ('*' matches the rest)"
+                f"distribution: no glob of {list(distribution)} gives {share.name} a sparsity; add one "
+                "('*' matches the rest)"
             )
         used.add(pattern)
         check_number(f"distribution[{pattern!r}]", distribution[pattern], 0, 1, open_high=True)

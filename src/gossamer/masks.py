@@ -162,9 +162,7 @@ def enforce(tensor: Tensor, mask: Tensor) -> None:
     tensor.view(_INTEGER[tensor.element_size()]).bitwise_and_(mask)
 
 
-def largest(
-    tensors: Sequence[MaskedTensor], scores: Sequence[Tensor], counts: Sequence[int] | int
-) -> list[Tensor]:
+def largest(tensors: Sequence[MaskedTensor], scores: Sequence[Tensor], counts: Sequence[int] | int) -> list[Tensor]:
     """Indices of the groups with the largest scores, exactly as many as asked.
 
     A radix selection: histograms of the scores' leading bits narrow down the one bin that holds the smallest score
@@ -211,9 +209,7 @@ def largest(
     return [torch.cat(parts) for parts in taken]
 
 
-def smallest(
-    tensors: Sequence[MaskedTensor], scores: Sequence[Tensor], counts: Sequence[int] | int
-) -> list[Tensor]:
+def smallest(tensors: Sequence[MaskedTensor], scores: Sequence[Tensor], counts: Sequence[int] | int) -> list[Tensor]:
     """As `largest`, for the smallest scores; `+inf` is never chosen while others are left."""
     return largest(tensors, [score.neg_() for score in scores], counts)
 
@@ -256,9 +252,7 @@ def largest_in_cells(scores: Tensor, counts: Tensor, size: int) -> Tensor:
     """
     cells = scores.view(-1, size)
     order = cells.argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        1, order, torch.arange(size, device=order.device).expand_as(order)
-    )
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(size, device=order.device).expand_as(order))
     return ((rank < counts.view(-1, 1)) & (cells > -torch.inf)).view(-1)
 
 
@@ -270,8 +264,9 @@ def count_over_shards(tensors: Sequence[MaskedTensor], counts: Sequence[Tensor])
 def pack(mask: Tensor) -> Tensor:
     """Pack a mask into bits, row by row along dim 0: `(rows, …)` → uint8 `(rows, ⌈weights a row / 8⌉)`."""
     rows = (mask != 0).reshape(mask.shape[0], prod(mask.shape[1:]))
-    padded = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 8)).unflatten(1, (-(-rows.shape[1] // 8), 8))
-    return (padded << torch.arange(8, device=mask.device)).sum(2).to(torch.uint8)
+    padded = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 8))
+    octets = padded.view(len(rows), padded.shape[1] // 8, 8) << torch.arange(8, device=mask.device, dtype=torch.uint8)
+    return octets.sum(2).to(torch.uint8)
 
 
 def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
@@ -323,7 +318,7 @@ def _sample_one(
     missing = available - count if left_out else count
     while missing:
         draws = int(1.2 * missing * tensor.groups / available) + 16
-        positions = torch.randint(tensor.groups, (draws,), generator=generator).unique()
+        positions = torch.unique(torch.randint(tensor.groups, (draws,), generator=generator))
         here = positions - tensor.first_group
         inside = (here >= 0) & (here < len(eligible))
         accepted = torch.zeros(len(positions), dtype=torch.bool)

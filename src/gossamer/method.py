@@ -37,6 +37,23 @@ class Proposal:
     extras: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class MaskUpdate:
+    """What one mask update did.
+
+    Attributes:
+        step: The optimizer step it belongs to.
+        method: Name of the method.
+        rows: For each tensor `name`, `pruned` and `grown` (weights that changed), `active` and `total`.
+        extras: Further numbers, such as the threshold of DSR.
+    """
+
+    step: int
+    method: str
+    rows: list[dict[str, Any]]
+    extras: dict[str, float] = field(default_factory=dict)
+
+
 class Method(ABC):
     """A way to make a model sparse; see the module's text.
 

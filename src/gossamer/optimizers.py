@@ -1,8 +1,8 @@
-"""What the engine knows about `torch.optim`: which optimizers it refuses, whose updates are element-wise, fresh state."""
+"""What the engine knows about `torch.optim`: what it refuses, whose updates are element-wise, what fresh state is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -54,13 +54,12 @@ def unwrap(optimizer: object) -> optim.Optimizer:
     while isinstance(getattr(inner, "optimizer", None), optim.Optimizer):
         inner = inner.optimizer  # type: ignore[attr-defined]
     if not isinstance(inner, optim.Optimizer):
-        raise ConfigurationError(
-            f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}"
-        )
+        raise ConfigurationError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
     for refused, why in REFUSED.items():
         if isinstance(inner, refused):
             raise ConfigurationError(
-                f"optimizer: {type(inner).__name__} cannot train masked weights, since {why}; use another first-order optimizer"
+                f"optimizer: {type(inner).__name__} cannot train masked weights, since {why}; "
+                "use another first-order optimizer"
             )
     return inner
 
@@ -76,7 +75,7 @@ def is_elementwise(optimizer: optim.Optimizer) -> bool:
 
 
 def refresh(
-    tensor: MaskedTensor, grown: Tensor, group: dict[str, Any], state: dict[str, Any], second_moment: str
+    tensor: MaskedTensor, grown: Tensor, group: Mapping[str, Any], state: Mapping[str, Any], second_moment: str
 ) -> None:
     """Give newly active weights the optimizer state of a fresh parameter.
 
@@ -93,11 +92,7 @@ def refresh(
     """
     kept = grown.bitwise_not()
     for key, value in state.items():
-        if (
-            not isinstance(value, Tensor)
-            or value.shape != tensor.parameter.shape
-            or not value.is_floating_point()
-        ):
+        if not isinstance(value, Tensor) or value.shape != tensor.parameter.shape or not value.is_floating_point():
             continue
         part = local(value)
         if key == "exp_avg_sq" and second_moment == "mean":

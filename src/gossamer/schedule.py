@@ -44,7 +44,7 @@ class Periodic(Schedule):
 
 @dataclass(frozen=True)
 class EpochPeriods(Schedule):
-    """A period for each range of epochs, as in Mostafa & Wang (2019): 100 steps at first, 200 from epoch 25 …
+    """A period for each range of epochs, as in Mostafa & Wang (2019): 100 steps at first, 200 from epoch 25 on.
 
     Args:
         periods: First epoch of a range → period in steps, e.g. `{0: 100, 25: 200, 80: 400, 140: 800}`.

@@ -82,7 +82,7 @@ def momentum(view: View) -> Tensor:
 
 
 def movement(view: View) -> Tensor:
-    """`-w · ∂L/∂w` at the coming step: positive where the step moves a weight away from zero (Sanh et al., 2020, eq. 4).
+    """`-w · ∂L/∂w` at the coming step: positive where a step moves a weight away from zero (Sanh et al., 2020, eq. 4).
 
     The paper sums this over training; a one-step score needs no buffer.
     """

@@ -40,7 +40,7 @@ class Structure(ABC):
         """A shard of the weight must begin and end at a multiple of so many rows."""
         return 1
 
-    def validate(self, name: str, shape: Sequence[int], input_dim: int) -> None:  # noqa: B027 - most fit any shape
+    def validate(self, name: str, shape: Sequence[int], input_dim: int) -> None:
         """Raise a ConfigurationError, naming the layer, where a weight of this shape cannot be divided so."""
 
     @abstractmethod
@@ -107,9 +107,7 @@ class NM(Structure):
     def expand(self, groups: Tensor, shape: Sequence[int], input_dim: int) -> Tensor:
         """See `Structure.expand`."""
         if input_dim == 0:
-            return (
-                groups.view(shape[0] // self.m, math.prod(shape[1:]), self.m).transpose(1, 2).reshape(*shape)
-            )
+            return groups.view(shape[0] // self.m, math.prod(shape[1:]), self.m).transpose(1, 2).reshape(*shape)
         others = [size for dim, size in enumerate(shape) if dim != input_dim]
         return groups.view(*others, shape[input_dim]).movedim(-1, input_dim)
 
@@ -135,9 +133,7 @@ class Block(Structure):
 
     def __post_init__(self) -> None:
         if self.rows < 1 or self.columns < 1:
-            raise ConfigurationError(
-                f"structure {self}: expected at least one row and one column, as in 'block:4x1'"
-            )
+            raise ConfigurationError(f"structure {self}: expected at least one row and one column, as in 'block:4x1'")
 
     @property
     def size(self) -> int:
@@ -160,7 +156,8 @@ class Block(Structure):
 
     def reduce(self, scores: Tensor, input_dim: int, p: float = 2.0) -> Tensor:
         """See `Structure.reduce`."""
-        return torch.linalg.vector_norm(self._blocks(scores, input_dim), ord=p, dim=(1, 4)).reshape(-1)
+        norms: Tensor = torch.linalg.vector_norm(self._blocks(scores, input_dim), ord=p, dim=(1, 4))
+        return norms.reshape(-1)
 
     def expand(self, groups: Tensor, shape: Sequence[int], input_dim: int) -> Tensor:
         """See `Structure.expand`."""

@@ -40,26 +40,20 @@ class Summary:
         table.add_column("parameter", footer="in all\nof the whole model", overflow="fold")
         table.add_column("shape")
         table.add_column("method")
-        table.add_column(
-            "total", justify="right", footer=f"{totals['targets_total']:,}\n{totals['all_total']:,}"
-        )
-        table.add_column(
-            "active", justify="right", footer=f"{totals['targets_active']:,}\n{totals['all_nonzero']:,}"
-        )
+        table.add_column("total", justify="right", footer=f"{totals['targets_total']:,}\n{totals['all_total']:,}")
+        table.add_column("active", justify="right", footer=f"{totals['targets_active']:,}\n{totals['all_nonzero']:,}")
         footer = f"{totals['targets_sparsity']:.4f}\n{totals['all_sparsity']:.4f}"
         table.add_column("sparsity", justify="right", footer=footer)
         for row in self.rows:
             kind = row["method"] if row["structure"] == "element" else f"{row['method']} {row['structure']}"
             shape = "×".join(map(str, row["shape"]))
-            table.add_row(
-                row["name"], shape, kind, f"{row['total']:,}", f"{row['active']:,}", f"{row['sparsity']:.4f}"
-            )
+            table.add_row(row["name"], shape, kind, f"{row['total']:,}", f"{row['active']:,}", f"{row['sparsity']:.4f}")
         return table
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=110)
-        console.print(self.table())
-        return str(console.file.getvalue()).rstrip()  # type: ignore[attr-defined]
+        text = io.StringIO()
+        Console(file=text, width=110).print(self.table())
+        return text.getvalue().rstrip()
 
 
 def summarize(model: nn.Module, methods: Sequence[Method]) -> Summary:
@@ -77,7 +71,8 @@ def summarize(model: nn.Module, methods: Sequence[Method]) -> Summary:
         for method in methods
         for tensor in method.tensors
     ]
-    total, active = (sum(row[key] for row in rows) for key in ("total", "active"))
+    tensors = [tensor for method in methods for tensor in method.tensors]
+    total, active = sum(tensor.weights for tensor in tensors), sum(tensor.active for tensor in tensors)
     whole = parameter_count(model)
     nonzero = whole - total + active
     return Summary(

@@ -102,10 +102,7 @@ def select(model: nn.Module, selection: Selection) -> list[Target]:
         and _dims(target) >= 2
         and not any(isinstance(owner, nn.Embedding | nn.EmbeddingBag) for owner in owners)
     }
-    if selection is None:
-        chosen = eligible
-    else:
-        chosen = _choose(found, eligible, selection)
+    chosen = eligible if selection is None else _choose(found, eligible, selection)
     targets = [target for target, _ in found if target.name in chosen]
     if not targets:
         raise ConfigurationError(
@@ -134,12 +131,8 @@ def _dims(target: Target) -> int:
     return 0 if isinstance(parameter, nn.UninitializedParameter) else parameter.dim()
 
 
-def _choose(
-    found: list[tuple[Target, list[nn.Module]]], eligible: set[str], selection: Selection
-) -> set[str]:
-    parts = (
-        [selection] if isinstance(selection, str) or not isinstance(selection, Sequence) else list(selection)
-    )
+def _choose(found: list[tuple[Target, list[nn.Module]]], eligible: set[str], selection: Selection) -> set[str]:
+    parts = [selection] if isinstance(selection, str) or not isinstance(selection, Sequence) else list(selection)
     names = {target.name for target, _ in found}
     chosen: set[str] = set()
     excluded: set[str] = set()
@@ -163,7 +156,8 @@ def _choose(
                 chosen |= hits
                 only_exclusions = False
         elif isinstance(part, type) and issubclass(part, nn.Module):
-            hits = {t.name for t, _ in found if isinstance(t.owner, part) and _dims(t) >= 2}
+            kind: type[nn.Module] = part
+            hits = {t.name for t, _ in found if isinstance(t.owner, kind) and _dims(t) >= 2}
             if not hits:
                 raise ConfigurationError(
                     f"targets: the model has no {part.__name__} with a weight of two or more dimensions; "
@@ -172,11 +166,9 @@ def _choose(
             chosen |= hits
             only_exclusions = False
         elif callable(part):
-            hits = {t.name for t, _ in found if part(t.name, t.owner, t.parameter)}
+            hits = {t.name for t, _ in found if part(t.name, t.owner, t.parameter)}  # type: ignore[call-arg] # not a type
             if not hits:
-                raise ConfigurationError(
-                    f"targets: the predicate {part!r} holds for no parameter of the model"
-                )
+                raise ConfigurationError(f"targets: the predicate {part!r} holds for no parameter of the model")
             chosen |= hits
             only_exclusions = False
         else:
@@ -189,9 +181,7 @@ def _choose(
 def _check(target: Target) -> None:
     parameter = target.parameter
     if isinstance(parameter, nn.UninitializedParameter):
-        raise ConfigurationError(
-            f"{target.name}: the layer is lazy and has no weight yet; run one forward first"
-        )
+        raise ConfigurationError(f"{target.name}: the layer is lazy and has no weight yet; run one forward first")
     if parameter.dim() < 2:
         raise ConfigurationError(
             f"{target.name}: has shape {tuple(parameter.shape)}; masks are for weights of two or more dimensions"
@@ -225,6 +215,6 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this rank's part of a sharded tensor (DTensor), or the tensor itself; it shares memory with its argument."""
+    """This rank's part of a sharded tensor (DTensor), or the tensor itself; shares memory with its argument."""
     detached = tensor.detach()
     return detached.to_local() if hasattr(detached, "to_local") else detached

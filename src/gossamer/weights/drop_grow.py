@@ -6,6 +6,7 @@ SET and RigL are this with different ways to grow; the budget of every tensor st
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -34,10 +35,10 @@ class DropGrow(MaskMethod):
     drop_fraction: float = 0.3
     drop_score: str | Score = "magnitude"
 
-    grow_score = None
+    grow_score: ClassVar[str | None] = None
     """What is grown is largest in this score; at random where it is `None`."""
 
-    regrow_dropped = False
+    regrow_dropped: ClassVar[bool] = False
     """Whether a group may be dropped and grown in one update, and so stay."""
 
     def _check(self) -> None:
@@ -68,8 +69,7 @@ class DropGrow(MaskMethod):
         if self.regrow_dropped:
             empty = [alive == 0 for alive in kept]
             rooms = [
-                tensor.groups - count + drop
-                for tensor, count, drop in zip(self.tensors, active, drops, strict=True)
+                tensor.groups - count + drop for tensor, count, drop in zip(self.tensors, active, drops, strict=True)
             ]
         self._grow(kept, dropped, empty, rooms, drops, state)
         changes = list(zip(self.tensors, kept, active, strict=True))

@@ -23,7 +23,7 @@ HEURISTICS: dict[str, Callable[[int, int, int], int]] = {
     "within": lambda total, before, left: before - left,
     "anti-paper": lambda total, before, left: total - left,
 }
-"""How much of what was freed a tensor gets, in proportion to a function of its groups in all, before and after pruning."""
+"""A tensor's share of what was freed: proportional to a function of its groups in all, before and after pruning."""
 
 
 @dataclass(eq=False)
@@ -77,8 +77,8 @@ class DSR(MaskMethod):
         check_number("tolerance", self.tolerance, 0, 1, open_high=True)
         if self.threshold == 0 or self.gain <= 1:
             raise ConfigurationError(
-                f"threshold={self.threshold}, gain={self.gain}: the threshold must be above 0 and the gain above 1, or the "
-                "threshold could never adapt"
+                f"threshold={self.threshold}, gain={self.gain}: the threshold must be above 0 and the gain "
+                "above 1, or the threshold could never adapt"
             )
         if self.heuristic not in HEURISTICS:
             raise ConfigurationError(
@@ -89,9 +89,7 @@ class DSR(MaskMethod):
     def _start(self, given: list[tuple[Tensor, int]] | None) -> list[tuple[Tensor, int]]:
         masks = super()._start(given)
         self.budget = sum(active for _, active in masks)
-        weights = (
-            self.all_parameters if self.over == "all" else sum(tensor.weights for tensor in self.tensors)
-        )
+        weights = self.all_parameters if self.over == "all" else sum(tensor.weights for tensor in self.tensors)
         self.intended = self.prune_count if self.prune_count is not None else self.prune_fraction * weights
         self._pruned: list[Tensor] | None = None
         self._before = [active for _, active in masks]
@@ -156,15 +154,9 @@ class DSR(MaskMethod):
         if self.tensors[0].structure.cell is not None:
             for i, mask in enumerate(alive):
                 alive[i] = self._refill(i, mask, pruned[i], None)
-            return [
-                tensor.groups * n // m
-                for tensor in self.tensors
-                for n, m in [tensor.structure.cell or (1, 1)]
-            ]
+            return [tensor.groups * n // m for tensor in self.tensors for n, m in [tensor.structure.cell or (1, 1)]]
         freed = self.budget - sum(active)
-        lost = count_over_shards(
-            self.tensors, [torch.tensor(len(gone), device=gone.device) for gone in pruned]
-        )
+        lost = count_over_shards(self.tensors, [torch.tensor(len(gone), device=gone.device) for gone in pruned])
         rooms = [t.groups - now - gone for t, now, gone in zip(self.tensors, active, lost, strict=True)]
         free = [mask == 0 for mask in alive]
         if sum(rooms) >= freed:
@@ -173,9 +165,7 @@ class DSR(MaskMethod):
         else:
             rooms = [tensor.groups - now for tensor, now in zip(self.tensors, active, strict=True)]
         share = HEURISTICS[self.heuristic]
-        wanted = [
-            share(t.groups, was, now) for t, was, now in zip(self.tensors, self._before, active, strict=True)
-        ]
+        wanted = [share(t.groups, was, now) for t, was, now in zip(self.tensors, self._before, active, strict=True)]
         grow = apportion(freed, wanted, rooms)
         for mask, grown in zip(alive, sample(self.tensors, free, rooms, grow, self.generator), strict=True):
             mask.index_fill_(0, grown, -1)
@@ -197,8 +187,8 @@ class DSR(MaskMethod):
         super().check_state(state)
         if state.get("budget") != self.budget:
             raise StateError(
-                f"{self.name}: the saved budget is {state.get('budget')} active groups, the attached one {self.budget}; attach "
-                "with the sparsity the state was saved with"
+                f"{self.name}: the saved budget is {state.get('budget')} active groups, the attached one {self.budget}; "
+                "attach with the sparsity the state was saved with"
             )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

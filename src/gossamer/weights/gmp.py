@@ -60,9 +60,7 @@ class GMP(MaskMethod):
     def update(self, step: int, state: StateOf) -> Proposal:
         """See `Method.update`."""
         left = cubic_ramp(step, self.begin, self.end, 1.0, 0.0)
-        counts = [
-            final + round((first - final) * left) for first, final in zip(self._from, self._to, strict=True)
-        ]
+        counts = [final + round((first - final) * left) for first, final in zip(self._from, self._to, strict=True)]
         alive = self._alive()
         active = prune_to(self.tensors, alive, self._active(), counts, as_score(self.score), state, self.p)
         return Proposal(list(zip(self.tensors, alive, active, strict=True)))
@@ -73,9 +71,7 @@ class GMP(MaskMethod):
         if given is None and self.initial_sparsity:
             alive = [each for each, _ in masks]
             counts = self._counts(self.initial_sparsity)
-            active = prune_to(
-                self.tensors, alive, self._active(), counts, as_score(self.score), lambda _: {}, self.p
-            )
+            active = prune_to(self.tensors, alive, self._active(), counts, as_score(self.score), lambda _: {}, self.p)
             masks = list(zip(alive, active, strict=True))
         self._from = [active for _, active in masks]
         if len(self._to) == 1:
@@ -83,7 +79,7 @@ class GMP(MaskMethod):
         for tensor, first, final in zip(self.tensors, self._from, self._to, strict=False):
             if first < final:
                 raise ConfigurationError(
-                    f"{type(self).__name__}: {tensor.name} starts with {first} active groups, fewer than the {final} of the "
+                    f"{tensor.name} starts with {first} active groups, fewer than the {final} of the "
                     "end; choose a higher sparsity, or leave this weight out of targets"
                 )
         return masks

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
@@ -47,10 +48,8 @@ class MaskMethod(Method):
     tensors: list[MaskedTensor] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        try:
+        with self._naming_itself():
             self._check()
-        except ConfigurationError as error:
-            raise ConfigurationError(f"{type(self).__name__}: {error}") from None
 
     def _check(self) -> None:
         if self.sparsity is not None:
@@ -66,12 +65,13 @@ class MaskMethod(Method):
 
     def bind(self, model: nn.Module, masks: Masks) -> None:
         """See `Method.bind`."""
-        structure = as_structure(self.structure)
-        self.tensors = [MaskedTensor(target, structure) for target in select(model, self.targets)]
-        self.generator = torch.Generator().manual_seed(self.seed)
-        self.all_parameters = parameter_count(model)
-        given = None if masks is None else [self._given(tensor, masks) for tensor in self.tensors]
-        self._first = self._start(given)
+        with self._naming_itself():
+            structure = as_structure(self.structure)
+            self.tensors = [MaskedTensor(target, structure) for target in select(model, self.targets)]
+            self.generator = torch.Generator().manual_seed(self.seed)
+            self.all_parameters = parameter_count(model)
+            given = None if masks is None else [self._given(tensor, masks) for tensor in self.tensors]
+            self._first = self._start(given)
 
     def install(self) -> None:
         """See `Method.install`."""
@@ -91,9 +91,7 @@ class MaskMethod(Method):
         """See `Method.check_state`."""
         random = state.get("generator")
         if not isinstance(random, Tensor) or random.dtype != torch.uint8:
-            raise StateError(
-                f"{self.name}: the saved state has no random state; it is not one of this method"
-            )
+            raise StateError(f"{self.name}: the saved state has no random state; it is not one of this method")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Method.load_state_dict`."""
@@ -104,6 +102,14 @@ class MaskMethod(Method):
         """Weights in a group."""
         return as_structure(self.structure).size
 
+    @contextmanager
+    def _naming_itself(self) -> Iterator[None]:
+        """Errors say which method they are about."""
+        try:
+            yield
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{type(self).__name__}: {error}") from None
+
     def _start(self, given: list[tuple[Tensor, int]] | None) -> list[tuple[Tensor, int]]:
         """The first masks of groups with their active counts: those given, or random ones within the budget."""
         if given is None:
@@ -112,7 +118,7 @@ class MaskMethod(Method):
             asked, found = sum(self._split()), sum(active for _, active in given)
             if asked != found:
                 raise ConfigurationError(
-                    f"{type(self).__name__}: sparsity={self.sparsity} asks for {asked * self.group_size} active weights, but "
+                    f"sparsity={self.sparsity} asks for {asked * self.group_size} active weights, but "
                     f"the given masks have {found * self.group_size}; leave sparsity out to keep the masks' own"
                 )
         return given
@@ -130,20 +136,17 @@ class MaskMethod(Method):
             implied = 1 - cell[0] / cell[1]
             if sparsity is not None and abs(sparsity - implied) > 1e-9:
                 raise ConfigurationError(
-                    f"{type(self).__name__}: sparsity={sparsity} disagrees with structure {shares[0].structure}, which has "
+                    f"sparsity={sparsity} disagrees with structure {shares[0].structure}, which has "
                     f"sparsity {implied:g}; leave sparsity out"
                 )
             return total * cell[0] // cell[1]
         if isinstance(self.distribution, Mapping):
             if sparsity is not None:
-                raise ConfigurationError(
-                    f"{type(self).__name__}: sparsity={sparsity} beside an explicit distribution; give one of the two"
-                )
+                raise ConfigurationError(f"sparsity={sparsity} beside an explicit distribution; give one of the two")
             return total
         if sparsity is None:
             raise ConfigurationError(
-                f"{type(self).__name__}: no sparsity; give it (in [0, 1)), or an explicit distribution, an N:M structure, or "
-                "masks to `attach`"
+                "no sparsity; give it (in [0, 1)), or an explicit distribution, an N:M structure, or masks to `attach`"
             )
         return budget(sparsity, shares, self.all_parameters, self.over)
 
@@ -166,18 +169,14 @@ class MaskMethod(Method):
         assert masks is not None
         if isinstance(masks, str):
             if masks != "zeros":
-                raise ConfigurationError(
-                    f"masks: got {masks!r}; allowed are 'zeros' or a mapping name → mask"
-                )
+                raise ConfigurationError(f"masks: got {masks!r}; allowed are 'zeros' or a mapping name → mask")
             kept = local(tensor.parameter) != 0
         else:
             if tensor.name not in masks:
                 raise ConfigurationError(f"masks: none for {tensor.name}; there are {sorted(masks)}")
             kept = masks[tensor.name].to(tensor.mask.device) != 0
             if tuple(kept.shape) != tensor.shape:
-                raise ConfigurationError(
-                    f"masks: {tensor.name} has shape {tensor.shape}, its mask {tuple(kept.shape)}"
-                )
+                raise ConfigurationError(f"masks: {tensor.name} has shape {tensor.shape}, its mask {tuple(kept.shape)}")
         mask = kept.to(torch.int8).neg_()
         alive = tensor.structure.collapse(mask, tensor.input_dim)
         if (active := int((alive != 0).sum())) == 0:
@@ -189,8 +188,8 @@ class MaskMethod(Method):
             wrong = int((alive.view(-1, m).sum(1) != -n).sum())
             if wrong:
                 raise ConfigurationError(
-                    f"{tensor.name}: {wrong} of {tensor.groups // m} cells of {m} weights do not have exactly {n} active, as "
-                    f"structure {tensor.structure} asks; prune with this structure first (gossamer.prune)"
+                    f"{tensor.name}: {wrong} of {tensor.groups // m} cells of {m} weights are not {n} active, "
+                    f"as structure {tensor.structure} asks; prune with this structure first (gossamer.prune)"
                 )
         return alive, active
 

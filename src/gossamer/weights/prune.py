@@ -88,13 +88,11 @@ def import_torch_masks(model: nn.Module) -> dict[str, Tensor]:
             mask = module._buffers[f"{name}_mask"]
             assert mask is not None
             kept = mask != 0
-            torch_prune.remove(module, name)
+            torch_prune.remove(module, name)  # type: ignore[no-untyped-call]
             parameter = module._parameters[name]
             assert parameter is not None
             enforce(parameter.detach(), kept.to(torch.int8).neg_())
             masks[plain_name(f"{prefix}.{name}" if prefix else name)] = kept
     if not masks:
-        raise ConfigurationError(
-            "model: no module is pruned by torch.nn.utils.prune (no weight_orig with weight_mask)"
-        )
+        raise ConfigurationError("model: no module is pruned by torch.nn.utils.prune (no weight_orig with weight_mask)")
     return masks

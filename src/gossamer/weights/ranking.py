@@ -55,9 +55,7 @@ def prune_to(
     return [now - lost for now, lost in zip(active, gone, strict=True)]
 
 
-def _prune_cells(
-    tensor: MaskedTensor, alive: Tensor, count: int, score: Score, state: StateOf, p: float
-) -> int:
+def _prune_cells(tensor: MaskedTensor, alive: Tensor, count: int, score: Score, state: StateOf, p: float) -> int:
     assert tensor.structure.cell is not None
     m = tensor.structure.cell[1]
     kept = -(-count * m // tensor.groups)

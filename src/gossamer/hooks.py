@@ -1,0 +1,217 @@
+"""What happens around an optimizer's step.
+
+before  if a method has an update due: new masks from the weights and gradients at hand, and fresh state for grown
+        weights; then gradients of pruned weights are zeroed where the optimizer would mix them into others
+after   every pruned weight is set to +0.0
+
+With several optimizers one step is a round in which each of them steps; updates are made before the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, optim
+from torch.utils.hooks import RemovableHandle
+
+from gossamer import guard, optimizers
+from gossamer.errors import OrderError
+from gossamer.masks import MaskedTensor, count_over_shards, enforce
+from gossamer.method import MaskUpdate, Method, Proposal
+from gossamer.targets import local
+
+
+class StepHooks:
+    """Keeps the masks of methods in force through the steps of optimizers, and runs the updates that are due.
+
+    Attributes:
+        optimizers: The optimizers followed.
+        attached: Whether masks are to be kept; `release` ends it.
+        frozen: Whether updates that are due are left out.
+        callbacks: Called after every update; not part of copies and pickles.
+    """
+
+    def __init__(self, methods: Sequence[Method], second_moment: str) -> None:
+        self.optimizers: list[optim.Optimizer] = []
+        self.attached = True
+        self.frozen = False
+        self.callbacks: list[Callable[[MaskUpdate], object]] = []
+        self._methods = methods
+        self._second_moment = second_moment
+        self._handles: list[RemovableHandle] = []
+        self._owned: list[list[MaskedTensor]] = []
+        self._step = 0
+        self._overflows: Tensor | None = None
+        self._stepped: set[int] = set()
+        self._skip = False
+        self._withheld: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        guard.watch(self)
+
+    def tensors(self) -> list[MaskedTensor]:
+        """The masked tensors of all methods."""
+        return [tensor for method in self._methods for tensor in method.tensors]
+
+    def follow(self, found: list[optim.Optimizer]) -> None:
+        """Hook into these optimizers instead of those followed before."""
+        self.release()
+        self.optimizers = found
+        for optimizer in found:
+            held = {id(parameter) for parameter in optimizers.parameters(optimizer)}
+            self._owned.append([tensor for tensor in self.tensors() if id(tensor.parameter) in held])
+            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+            optimizer.defaults[guard.MARK] = True
+        self.attached = True
+        guard.watch(self)
+
+    def release(self) -> None:
+        """Let go of the optimizers."""
+        for handle in self._handles:
+            handle.remove()
+        for optimizer in self.optimizers:
+            optimizer.defaults.pop(guard.MARK, None)
+        self.optimizers, self._handles, self._owned = [], [], []
+        self._stepped.clear()
+        self.attached = False
+        guard.release(self)
+
+    @property
+    def step(self) -> int:
+        """Steps completed; reading it waits for the device where steps may have been skipped."""
+        self._settle()
+        return self._step
+
+    @step.setter
+    def step(self, value: int) -> None:
+        self._step, self._overflows = value, None
+        self._stepped.clear()
+
+    def commit(self, method: Method, proposal: Proposal) -> MaskUpdate:
+        """Put new masks in force, give grown weights fresh optimizer state, and tell the callbacks."""
+        tensors = [tensor for tensor, _, _ in proposal.changes]
+        before = [tensor.active for tensor in tensors]
+        grown = []
+        for tensor, alive, active in proposal.changes:
+            new = tensor.set_alive(alive, active)
+            if state := self.state_of(tensor):
+                optimizers.refresh(tensor, new, self._group_of(tensor), state, self._second_moment)
+            grown.append(new.count_nonzero())
+        rows = [
+            {
+                "name": tensor.name,
+                "pruned": was - tensor.active + more,
+                "grown": more,
+                "active": tensor.active,
+                "total": tensor.weights,
+            }
+            for tensor, was, more in zip(tensors, before, count_over_shards(tensors, grown), strict=True)
+        ]
+        update = MaskUpdate(self.step, method.name, rows, proposal.extras)
+        for callback in self.callbacks:
+            callback(update)
+        return update
+
+    def state_of(self, tensor: MaskedTensor) -> Mapping[str, Any]:
+        """The optimizer's state of a tensor's parameter; empty before its first step."""
+        parameter = tensor.parameter
+        states = (each.state[parameter] for each in self.optimizers if parameter in each.state)
+        return next(states, {})
+
+    def _group_of(self, tensor: MaskedTensor) -> Mapping[str, Any]:
+        groups = (group for each in self.optimizers for group in each.param_groups)
+        return next(group for group in groups if any(each is tensor.parameter for each in group["params"]))
+
+    def _before_step(
+        self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        index = self._index(optimizer)
+        held = {id(parameter) for parameter in optimizers.parameters(optimizer)}
+        for tensor in self._owned[index]:
+            if id(tensor.parameter) not in held:
+                raise OrderError(
+                    f"{tensor.name}: was replaced after sparsity.follow(optimizer), so this optimizer no longer trains "
+                    f"it; {guard.ORDER}"
+                )
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._with_gradients(optimizer, index)
+            return None
+
+        def closure_then_masks() -> Any:
+            loss = closure()
+            self._with_gradients(optimizer, index)
+            return loss
+
+        if len(args) > 1:
+            return (args[0], closure_then_masks, *args[2:]), kwargs
+        return args, kwargs | {"closure": closure_then_masks}
+
+    @torch.no_grad()
+    def _with_gradients(self, optimizer: optim.Optimizer, index: int) -> None:
+        """Do what belongs between backward and the change of weights."""
+        if not self._stepped or index in self._stepped:
+            self._stepped.clear()
+            self._skip = self._begin_round(optimizer)
+        if self._skip:
+            held = [(p, p.grad) for p in optimizers.parameters(optimizer) if p.grad is not None]
+            self._withheld[index] = held
+            for parameter, _ in held:
+                parameter.grad = None
+        elif not optimizers.is_elementwise(optimizer):
+            for tensor in self._owned[index]:
+                if tensor.parameter.grad is not None:
+                    enforce(local(tensor.parameter.grad), tensor.mask)
+
+    def _begin_round(self, optimizer: optim.Optimizer) -> bool:
+        """Count the step and make the updates that are due; returns whether the optimizers' step is left out."""
+        self._step += 1
+        overflow = getattr(optimizer, "found_inf", None)
+        if overflow is not None:
+            # A fused optimizer is stepped also where gradients overflowed, and then does nothing. Waiting for that flag
+            # at every step would stall the device, so it is added up there and read only when an update may be due.
+            skipped = (overflow > 0).to(torch.int64).reshape(())
+            self._overflows = skipped if self._overflows is None else self._overflows + skipped
+        if self.frozen or not any(method.due(self._step) for method in self._methods):
+            return False
+        self._settle()
+        if overflow is not None and bool(overflow > 0):
+            return False
+        due = [method for method in self._methods if method.due(self._step)]
+        proposals = [(method, method.update(self._step, self.state_of)) for method in due]
+        for method, proposal in proposals:
+            self.commit(method, proposal)
+        return any(method.skip_step for method in due)
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        index = self._index(optimizer)
+        for parameter, gradient in self._withheld.pop(index, ()):
+            parameter.grad = gradient
+        for tensor in self._owned[index]:
+            enforce(local(tensor.parameter), tensor.mask)
+        self._stepped.add(index)
+        if len(self._stepped) == len(self.optimizers):
+            self._stepped.clear()
+            for method in self._methods:
+                method.after_step(self._step)
+
+    def _settle(self) -> None:
+        if self._overflows is not None:
+            self._step -= int(self._overflows)
+            self._overflows = None
+
+    def _index(self, optimizer: optim.Optimizer) -> int:
+        return next(i for i, each in enumerate(self.optimizers) if each is optimizer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        transient: dict[str, Any] = {"_handles": [], "_owned": [], "_stepped": set(), "_withheld": {}, "callbacks": []}
+        return self.__dict__ | {"_step": self.step} | transient
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.optimizers:
+            self.follow(self.optimizers)
+        elif self.attached:
+            guard.watch(self)
