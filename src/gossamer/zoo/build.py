@@ -1,0 +1,98 @@
+"""Networks by name, for recipes and the command line."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from gossamer.errors import ConfigurationError
+from gossamer.zoo._vision import build_timm, build_torchvision, unknown
+from gossamer.zoo.cifar_resnet import cifar_resnet
+from gossamer.zoo.cifar_wrn import cifar_wrn
+from gossamer.zoo.lenet import lenet
+from gossamer.zoo.mnist_mlp import mnist_mlp
+
+_OWN: dict[str, Callable[..., nn.Module]] = {
+    "cifar_resnet": cifar_resnet,
+    "cifar_wrn": cifar_wrn,
+    "lenet": lenet,
+    "mnist_mlp": mnist_mlp,
+}
+_LIBRARIES: dict[str, Callable[[str, dict[str, Any]], nn.Module]] = {
+    "timm": build_timm,
+    "torchvision": build_torchvision,
+}
+
+
+def names() -> list[str]:
+    """Return the names of gossamer's own networks, sorted."""
+    return sorted(_OWN)
+
+
+def build(name: str, **kwargs: Any) -> nn.Module:
+    """Build a network by name, with fresh weights.
+
+    Args:
+        name: One of `names()`, `"torchvision:NAME"` or `"timm:NAME"`.
+        **kwargs: Arguments of that network, e.g. `build("mnist_mlp", width=0.5)`,
+            `build("torchvision:resnet50", num_classes=10)`.
+
+    Raises:
+        ConfigurationError: An unknown name (close matches are given), an argument that the network does not have or
+            a value it refuses, or a package that is not installed.
+    """
+    library, colon, model = name.partition(":")
+    if colon:
+        if library not in _LIBRARIES:
+            raise ConfigurationError(
+                f"zoo: {name!r}: unknown library {library!r}; models come from {' and '.join(sorted(_LIBRARIES))}"
+            )
+        try:
+            return _LIBRARIES[library](model, kwargs)
+        except TypeError as error:
+            raise ConfigurationError(f"zoo: {name!r} does not take the arguments {kwargs}: {error}") from error
+    if name not in _OWN:
+        raise unknown(name, [*names(), "torchvision:resnet18", "timm:resnet18"])
+    allowed = list(inspect.signature(_OWN[name]).parameters)
+    for key in kwargs:
+        if key not in allowed:
+            raise ConfigurationError(f"zoo: {name} has no argument {key!r}; it takes {', '.join(allowed)}")
+    return _OWN[name](**kwargs)
+
+
+def arguments(name: str, shape: tuple[int, int, int], classes: int) -> dict[str, Any]:
+    """Return the arguments that make a network fit a data set; add a recipe's own to them.
+
+    Args:
+        name: As for `build`.
+        shape: (channels, height, width) of one input.
+        classes: Number of classes.
+
+    Raises:
+        ConfigurationError: An unknown network, one that needs square images, or a torchvision model (whose stem is
+            fixed) for images without three channels.
+    """
+    channels, height, width = shape
+    if name.startswith("timm:"):
+        return {"in_chans": channels, "num_classes": classes}
+    if name.startswith("torchvision:"):
+        if channels != 3:
+            raise ConfigurationError(
+                f"zoo: {name} takes images of three channels, the data have {channels}; the timm model of that "
+                "name takes any number"
+            )
+        return {"num_classes": classes}
+    if name not in _OWN:
+        raise unknown(name, [*names(), "torchvision:resnet18", "timm:resnet18"])
+    if name == "lenet" and height != width:
+        raise ConfigurationError(f"zoo: lenet takes square images, the data have {height}×{width}")
+    fitting = {
+        "in_features": channels * height * width,
+        "in_channels": channels,
+        "image_size": height,
+        "classes": classes,
+    }
+    return {key: fitting[key] for key in inspect.signature(_OWN[name]).parameters if key in fitting}
