@@ -26,6 +26,7 @@ from gossamer.structure import Structure
 from gossamer.targets import Target, local
 
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_CHUNK = 1 << 19  # weights a part
 _DIGIT = 11  # bits a histogram resolves at once: 2,048 bins, three rounds for float32
 
 
@@ -159,7 +160,14 @@ class MaskedTensor:
 
 def enforce(tensor: Tensor, mask: Tensor) -> None:
     """Make `tensor` exactly +0.0 where the int8 `mask` is 0, in place; NaN, infinity and −0.0 too."""
-    tensor.view(_INTEGER[tensor.element_size()]).bitwise_and_(mask)
+    bits = tensor.view(_INTEGER[tensor.element_size()])
+    if bits.device.type != "cpu" or bits.numel() <= _CHUNK:
+        bits.bitwise_and_(mask)
+        return
+    # On the CPU torch first widens the whole mask into a new tensor; in parts that stay in the cache it costs half.
+    rows = max(1, _CHUNK * len(bits) // bits.numel())
+    for part, kept in zip(bits.split(rows), mask.split(rows), strict=True):
+        part.bitwise_and_(kept)
 
 
 def largest(tensors: Sequence[MaskedTensor], scores: Sequence[Tensor], counts: Sequence[int] | int) -> list[Tensor]:
