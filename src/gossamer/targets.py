@@ -77,7 +77,7 @@ def named_weights(model: nn.Module) -> Iterator[tuple[Target, list[nn.Module]]]:
                 first.setdefault(id(parameter), (name, module, attribute))
                 owners.setdefault(id(parameter), []).append(module)
     for key, (name, module, attribute) in first.items():
-        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+        transposed = any(isinstance(owner, nn.modules.conv._ConvTransposeNd) for owner in owners[key])
         yield Target(name, module, attribute, 0 if transposed else 1), owners[key]
 
 
@@ -87,8 +87,9 @@ def select(model: nn.Module, selection: Selection) -> list[Target]:
     Args:
         model: The model, before any wrapper.
         selection: `None` for the default (see the module's text); a glob over parameter names (`"layer*"`;
-            one that starts with `!` excludes); a module type; a predicate; or a sequence of these. Globs and
-            types choose among the default weights; an exact name or a predicate reaches any parameter.
+            one that starts with `!` excludes); a module type; a predicate; or a sequence of these. Globs choose
+            among the default weights, a type among the weights of its modules, without those tied to an embedding
+            (unless it is one); an exact name or a predicate reaches any parameter.
 
     Raises:
         ConfigurationError: A glob or type matches nothing, nothing is left, or a chosen tensor cannot be masked
@@ -98,9 +99,7 @@ def select(model: nn.Module, selection: Selection) -> list[Target]:
     eligible = {
         target.name
         for target, owners in found
-        if isinstance(target.owner, WEIGHTED)
-        and _dims(target) >= 2
-        and not any(isinstance(owner, nn.Embedding | nn.EmbeddingBag) for owner in owners)
+        if any(isinstance(owner, WEIGHTED) for owner in owners) and _is_weight(target) and not _is_embedding(owners)
     }
     chosen = eligible if selection is None else _choose(found, eligible, selection)
     targets = [target for target, _ in found if target.name in chosen]
@@ -126,9 +125,16 @@ def closest(name: str, allowed: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def _dims(target: Target) -> int:
-    parameter = target.parameter
-    return 0 if isinstance(parameter, nn.UninitializedParameter) else parameter.dim()
+def _is_weight(target: Target) -> bool:
+    if isinstance(target.parameter, nn.UninitializedParameter):
+        return target.attribute != "bias"  # `_check` refuses it: left out silently, it would stay dense
+    # Attention adds its biases to keys and values as further tokens, (1, 1, features).
+    is_bias = isinstance(target.owner, nn.MultiheadAttention) and target.attribute in ("bias_k", "bias_v")
+    return target.parameter.dim() >= 2 and not is_bias
+
+
+def _is_embedding(owners: Sequence[nn.Module]) -> bool:
+    return any(isinstance(owner, nn.Embedding | nn.EmbeddingBag) for owner in owners)
 
 
 def _choose(found: list[tuple[Target, list[nn.Module]]], eligible: set[str], selection: Selection) -> set[str]:
@@ -136,7 +142,7 @@ def _choose(found: list[tuple[Target, list[nn.Module]]], eligible: set[str], sel
     names = {target.name for target, _ in found}
     chosen: set[str] = set()
     excluded: set[str] = set()
-    only_exclusions = True
+    only_exclusions = bool(parts)  # an empty sequence chooses nothing, rather than everything
     for part in parts:
         if isinstance(part, str):
             pattern = part.removeprefix("!")
@@ -157,7 +163,14 @@ def _choose(found: list[tuple[Target, list[nn.Module]]], eligible: set[str], sel
                 only_exclusions = False
         elif isinstance(part, type) and issubclass(part, nn.Module):
             kind: type[nn.Module] = part
-            hits = {t.name for t, _ in found if isinstance(t.owner, kind) and _dims(t) >= 2}
+            of_embeddings = issubclass(kind, nn.Embedding | nn.EmbeddingBag)
+            hits = {
+                target.name
+                for target, owners in found
+                if any(isinstance(owner, kind) for owner in owners)
+                and _is_weight(target)
+                and (of_embeddings or not _is_embedding(owners))
+            }
             if not hits:
                 raise ConfigurationError(
                     f"targets: the model has no {part.__name__} with a weight of two or more dimensions; "
