@@ -79,7 +79,7 @@ def wrn_step(pairs: int) -> dict[str, float]:
     upkeep: list[float] = []
     begin = [0.0]
     sparse_optimizer.register_step_pre_hook(lambda *_: begin.__setitem__(0, time.perf_counter()))
-    gs.attach(sparse_model, gs.Static(0.9, targets=cifar_wrn.SPARSE_TARGETS), sparse_optimizer)
+    gs.attach(sparse_model, gs.Static(0.9, targets=list(sparse_model.SPARSE_TARGETS)), sparse_optimizer)
     before = [0.0]
     sparse_optimizer.register_step_pre_hook(lambda *_: before.__setitem__(0, time.perf_counter() - begin[0]))
     hooks = list(sparse_optimizer._optimizer_step_post_hooks.values())
