@@ -51,7 +51,7 @@ def load_tree(path: str | Path) -> Any:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise StateError(
-                    f"{path}: format is {metadata.get('format')!r}, expected {_FORMAT!r}; this is not a file of save_tree"
+                    f"{path}: format is {metadata.get('format')!r}, expected {_FORMAT!r}; this is not a saved state"
                 )
             return _decode(json.loads(metadata["tree"]), file)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
@@ -99,9 +99,7 @@ def _encode(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> An
         return items if isinstance(value, list) else {"$tuple": items}
     if isinstance(value, dict):
         if any(not isinstance(key, str | int | float | bool | None) for key in value):
-            raise ConfigurationError(
-                f"{'/'.join(path) or 'tree'}: keys must be str, int, float, bool or None"
-            )
+            raise ConfigurationError(f"{'/'.join(path) or 'tree'}: keys must be str, int, float, bool or None")
         pairs = [[key, _encode(item, (*path, str(key)), tensors)] for key, item in value.items()]
         plain = all(isinstance(key, str) and not key.startswith("$") for key in value)
         return dict(pairs) if plain else {"$dict": pairs}
@@ -119,11 +117,7 @@ def _encode_tensor(value: Tensor, path: tuple[str, ...], tensors: dict[str, Tens
     tensors[name] = value.to("cpu", copy=True, memory_format=torch.contiguous_format)
     for layout, memory_format in _LAYOUTS.items():
         rank = 4 if memory_format is torch.channels_last else 5
-        if (
-            value.dim() == rank
-            and value.is_contiguous(memory_format=memory_format)
-            and not value.is_contiguous()
-        ):
+        if value.dim() == rank and value.is_contiguous(memory_format=memory_format) and not value.is_contiguous():
             return {"$tensor": name, "layout": layout}
     return {"$tensor": name}
 

@@ -18,7 +18,7 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 as PyYAML reads it, but `1e-3` is a number, as everywhere else."""
 
 
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
 
@@ -54,21 +54,26 @@ class Source:
         except (yaml.YAMLError, RecursionError) as error:
             raise ConfigurationError(f"{name}:1: not valid YAML: {str(error).splitlines()[0]}") from None
         finally:
-            loader.dispose()  # type: ignore[no-untyped-call]
-        self._root = node
+            loader.dispose()
+        self._root: yaml.MappingNode = node
         self._overrides: dict[Path, str] = {}
         for override in overrides:
             self._apply(override)
 
     def place(self, path: Sequence[str | int]) -> str:
-        """Where the value at `path`, or the nearest mapping around it, was written: file and line, or the override."""
+        """Where the value at `path`, or the nearest one around it, was written: file and line, or the override."""
         for length in range(len(path), 0, -1):
             if override := self._overrides.get(tuple(path[:length])):
                 return f"command line {override!r}"
-        node, line = self._root, self._root.start_mark.line
-        for key in path:
+        node: yaml.Node = self._root
+        line = node.start_mark.line
+        for i, key in enumerate(path):
             found = self._child(node, key)
             if found is None:
+                start = tuple(path[: i + 1])
+                added = (text for key, text in self._overrides.items() if key[: i + 1] == start)
+                if (override := next(added, None)) is not None:
+                    return f"command line {override!r}"
                 break
             node, line = found
         return f"{self.name}:{line + 1}"
@@ -103,9 +108,7 @@ class Source:
     def _apply(self, override: str) -> None:
         dotted, equals, text = override.partition("=")
         if not equals or not dotted:
-            raise ConfigurationError(
-                f"command line {override!r}: expected key=value, for example optimizer.lr=0.05"
-            )
+            raise ConfigurationError(f"command line {override!r}: expected key=value, for example optimizer.lr=0.05")
         try:
             value = yaml.load(text, Loader=_Loader)
         except yaml.YAMLError as error:

@@ -1,0 +1,110 @@
+"""The commands. Exit status: 0 done, 1 training diverged, 2 bad input and nothing written, 3 interrupted."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from gossamer.console import print_results
+from gossamer.errors import ConfigurationError, DataError, GossamerError, NonFiniteError
+from gossamer.recipe import Recipe, load_recipe, parse_recipe, shipped
+from gossamer.run_folder import next_free, recipe_of
+from gossamer.training import Result, train_seeds
+
+DIVERGED, BAD_INPUT, INTERRUPTED = 1, 2, 3
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Sparse PyTorch networks, from a recipe.",
+)
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="gossamer")
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE]", help="A YAML file, or a name that `gossamer recipes` lists.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Changes: optimizer.lr=0.05, methods.0.sparsity=0.98 ..."),
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds to train with: 0,1,2; or how many: 3.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder to make, instead of runs/RECIPE-N.")] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Continue this run folder instead.")] = None,
+    fallback: Annotated[
+        str | None, typer.Option(metavar="RECIPE", help="What to train instead where the data cannot be had.")
+    ] = None,
+) -> None:
+    """Train as a recipe says: a run folder, and a table of sparsity and test accuracy."""
+    with _clear_errors():
+        if resume is not None:
+            if recipe or overrides or seeds or out or fallback:
+                raise ConfigurationError("--resume: goes alone, a run continues as it began")
+            results, folder = _run(recipe_of(resume), resume, resume=True)
+        elif recipe is None:
+            raise ConfigurationError("no recipe given; `gossamer recipes` lists those that come with gossamer")
+        else:
+            try:
+                results, folder = _run(_with_seeds(load_recipe(recipe, overrides or []), seeds), out)
+            except DataError as error:
+                if fallback is None:
+                    raise
+                typer.echo(f"{error}\nTraining {fallback!r} instead.", err=True)
+                results, folder = _run(_with_seeds(load_recipe(fallback), seeds), out)
+        print_results(Console(), results)
+        typer.echo(f"run folder: {folder}")
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that come with gossamer."""
+    with _clear_errors():
+        table = Table(show_header=False, box=None)
+        for name, text in shipped().items():
+            table.add_row(name, parse_recipe(f"{name}.yaml", text).description)
+        Console().print(table)
+
+
+def _run(recipe: Recipe, out: Path | None, resume: bool = False) -> tuple[list[Result], Path]:
+    folder = out or next_free(recipe)
+    try:
+        return train_seeds(recipe, folder, resume=resume), folder
+    except KeyboardInterrupt:
+        if folder.exists():
+            typer.echo(f"interrupted; to continue: gossamer train --resume {folder}", err=True)
+        else:
+            typer.echo("interrupted before training began; nothing was written", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _with_seeds(recipe: Recipe, seeds: str | None) -> Recipe:
+    if seeds is None:
+        return recipe
+    try:
+        numbers = [int(part) for part in seeds.split(",")]
+    except ValueError:
+        raise ConfigurationError(f"--seeds: got {seeds!r}; allowed are seeds such as 0,1,2, or how many") from None
+    return recipe.with_seeds(numbers if "," in seeds else range(numbers[0]))
+
+
+@contextlib.contextmanager
+def _clear_errors() -> Iterator[None]:
+    """Turn gossamer's errors into one line and an exit status."""
+    try:
+        yield
+    except GossamerError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(DIVERGED if isinstance(error, NonFiniteError) else BAD_INPUT) from None

@@ -1,0 +1,149 @@
+"""What `gossamer train` shows: a bar on a terminal, a line an epoch elsewhere, and the table at the end."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from gossamer.training import Result
+
+REFRESH = 0.25
+"""Seconds between readings of loss and accuracy within an epoch; each reading waits for the device."""
+
+
+class Display:
+    """Shows nothing; the base of what does."""
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        pass
+
+    def due(self) -> bool:
+        """Whether `step` would show something new; asked at every step."""
+        return False
+
+    def step(self, step: int, epoch: int, loss: float, accuracy: float, sparsity: float) -> None:
+        """Show the running means of an epoch."""
+
+    def epoch(self, metrics: Mapping[str, Any]) -> None:
+        """Show the metrics of a finished epoch."""
+
+
+class Lines(Display):
+    """One line an epoch, for logs."""
+
+    def __init__(self, console: Console, seed: int, epochs: int) -> None:
+        self._console, self._seed, self._epochs = console, seed, epochs
+
+    def epoch(self, metrics: Mapping[str, Any]) -> None:
+        """See `Display.epoch`."""
+        parts = [f"seed {self._seed}", f"epoch {metrics['epoch']}/{self._epochs}", _measures(metrics)]
+        self._console.print("  ".join([*parts, f"{metrics['seconds']:.1f} s"]), highlight=False, soft_wrap=True)
+
+
+class Bar(Display):
+    """A progress bar over the whole run."""
+
+    def __init__(self, console: Console, seed: int, epochs: int, steps: int, done: int) -> None:
+        self._progress = Progress(
+            TextColumn(f"seed {seed}  epoch {{task.fields[epoch]}}/{epochs}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[measures]}"),
+            console=console,
+        )
+        self._task = self._progress.add_task("", total=steps, completed=done, epoch=1, measures="")
+        self._last = time.monotonic()
+
+    def __enter__(self) -> Display:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def due(self) -> bool:
+        """See `Display.due`."""
+        return time.monotonic() - self._last > REFRESH
+
+    def step(self, step: int, epoch: int, loss: float, accuracy: float, sparsity: float) -> None:
+        """See `Display.step`."""
+        self._last = time.monotonic()
+        measures = _measures({"train_loss": loss, "train_accuracy": accuracy, "sparsity": sparsity})
+        self._progress.update(self._task, completed=step, epoch=epoch, measures=measures)
+
+    def epoch(self, metrics: Mapping[str, Any]) -> None:
+        """See `Display.epoch`."""
+        self._progress.update(
+            self._task, completed=metrics["step"], epoch=metrics["epoch"], measures=_measures(metrics)
+        )
+
+
+def display(console: Console | None, seed: int, epochs: int, steps: int, done: int) -> Display:
+    """Choose how to show a run of `steps` optimizer steps of which `done` are over; None shows nothing."""
+    if console is None:
+        return Display()
+    return Bar(console, seed, epochs, steps, done) if console.is_terminal else Lines(console, seed, epochs)
+
+
+def print_results(console: Console, results: Sequence[Result]) -> None:
+    """Print the sparsity of every tensor and the accuracies; over several seeds as mean ± standard error."""
+    first = results[0].summary
+    if first.rows and len(results) == 1:
+        console.print(first.table())
+    elif first.rows:
+        console.print(_sparsity_table(results))
+    table = Table(show_header=False, box=None)
+    for label, values in (
+        ("test accuracy", [each.test_accuracy for each in results]),
+        ("validation accuracy", [each.validation_accuracy for each in results]),
+        ("zeros among masked weights", [each.sparsity for each in results]),
+        ("zeros in the whole model", [each.summary.totals["all_sparsity"] for each in results]),
+    ):
+        known = [value for value in values if value is not None]
+        if known:
+            table.add_row(label, spread([100 * value for value in known], 2) + " %")
+    total, kept = first.totals["all_total"], spread([each.summary.totals["all_nonzero"] for each in results], 0)
+    table.add_row("parameters not zero", f"{kept} of {total:,}")
+    table.add_row("training time", f"{sum(each.seconds for each in results):.1f} s")
+    if len(results) > 1:
+        table.add_row("seeds", ", ".join(str(each.seed) for each in results) + " (mean ± standard error)")
+    console.print(table)
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """The mean, with the standard error of the mean where there is more than one value."""
+    mean = f"{statistics.fmean(values):,.{digits}f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(values) / math.sqrt(len(values)):,.{digits}f}"
+
+
+def _sparsity_table(results: Sequence[Result]) -> Table:
+    table = Table(title="Sparsity")
+    table.add_column("parameter", overflow="fold")
+    for column in ("shape", "total", "sparsity"):
+        table.add_column(column, justify="right")
+    for rows in zip(*(each.summary.rows for each in results), strict=True):
+        shape = "×".join(map(str, rows[0]["shape"]))
+        table.add_row(rows[0]["name"], shape, f"{rows[0]['total']:,}", spread([row["sparsity"] for row in rows], 4))
+    return table
+
+
+def _measures(metrics: Mapping[str, Any]) -> str:
+    parts = [f"loss {metrics['train_loss']:.3f}", f"accuracy {100 * metrics['train_accuracy']:.1f} %"]
+    if metrics.get("validation_accuracy") is not None:
+        parts.append(f"validation {100 * metrics['validation_accuracy']:.1f} %")
+    return "  ".join([*parts, f"sparsity {100 * metrics['sparsity']:.1f} %"])

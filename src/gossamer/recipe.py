@@ -1,0 +1,421 @@
+"""Recipes: what `gossamer train` reads, checked down to the arguments of methods and optimizers."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+from torch import nn, optim
+
+from gossamer.errors import ConfigurationError
+from gossamer.method import Method
+from gossamer.optimizers import REFUSED
+from gossamer.schedule import EpochPeriods
+from gossamer.source import Source
+from gossamer.targets import closest
+from gossamer.weights import METHODS
+
+OPTIMIZERS: dict[str, type[optim.Optimizer]] = {
+    name: value
+    for name, value in vars(optim).items()
+    if inspect.isclass(value) and issubclass(value, optim.Optimizer) and value not in (optim.Optimizer, *REFUSED)
+}
+"""Every `torch.optim` class that masks work with, by name."""
+
+STEPS = ("begin", "end", "every", "until")
+"""Arguments of methods that count optimizer steps, and may be given as "75%" of training or "30 epochs"."""
+
+_MANY = 10**9  # optimizer steps of a run of unknown length
+
+_STEP_TEXT = re.compile(r"\s*(\d+\.?\d*)\s*(%|epochs?)\s*")
+
+
+class Section(BaseModel):
+    """A mapping of a recipe; unknown keys, wrong types and numbers that are not finite are errors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, given: Any) -> Any:
+        if isinstance(given, dict) and cls.model_config.get("extra") == "forbid":
+            _refuse_unknown(given, cls.model_fields)
+        return given
+
+
+class Named(Section):
+    """A choice by name, with the arguments of what it names beside it."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """All keys but the name."""
+        return dict(self.model_extra or {})
+
+
+class AugmentRecipe(Section):
+    """Random changes of training images; see `gossamer.data.Augment`."""
+
+    crop: Annotated[int, Field(ge=0)] = 0
+    padding: Literal["reflect", "zero"] = "reflect"
+    flip: bool = False
+
+
+class DataRecipe(Section):
+    """The data set and its batches: images an optimizer step sees are `batch_size` × `accumulate`.
+
+    `validation` is the number of training images held out, the same ones for every seed; `None` for the data set's
+    default.
+    """
+
+    name: str
+    batch_size: Annotated[int, Field(ge=1)] = 128
+    validation: Annotated[int, Field(ge=0)] | None = None
+    augment: AugmentRecipe | None = None
+
+
+class ModelRecipe(Named):
+    """A network: a name and the arguments that `gossamer.zoo.build` takes for it."""
+
+    name: str
+
+
+class OptimizerRecipe(Named):
+    """A class of `torch.optim` and its arguments."""
+
+    name: str
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimizerRecipe:
+        if self.name not in OPTIMIZERS:
+            refused = {cls.__name__: why for cls, why in REFUSED.items()}
+            reason = f" ({refused[self.name]})" if self.name in refused else closest(self.name, OPTIMIZERS)
+            _refuse("name", f"no optimizer {self.name!r}{reason}; allowed are {', '.join(sorted(OPTIMIZERS))}")
+        known = inspect.signature(OPTIMIZERS[self.name]).parameters
+        _refuse_unknown(self.arguments, [key for key in known if key != "params"])
+        for key, value in self.arguments.items():
+            _refuse_other_kind(key, value, known[key].default)
+        try:
+            self.build([nn.Parameter(torch.zeros(1, 1))])
+        except (TypeError, ValueError, RuntimeError) as error:
+            reason = str(error).replace("learning rate", "lr")
+            _refuse(_key_in(reason, self.arguments), f"{self.name}: {reason}")
+        return self
+
+    def build(self, parameters: Iterable[nn.Parameter]) -> optim.Optimizer:
+        """Make the optimizer; its own errors come as they are."""
+        arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in self.arguments.items()}
+        return OPTIMIZERS[self.name](parameters, **arguments)
+
+
+class _Schedule(Section):
+    """A learning rate over the run, as a factor of the optimizer's.
+
+    The factor is set before every optimizer step or before every epoch (`per`). During the first `warmup` epochs it
+    rises in equal steps to its full value, which the first step after them is the last to reach.
+    """
+
+    warmup: Annotated[float, Field(ge=0)] = 0.0
+    per: Literal["step", "epoch"] = "step"
+
+    def factor(self, count: int, units: int, epochs: int) -> float:
+        """The factor before unit `count` (from 0), where an epoch has `units` of them: its steps, or 1."""
+        warmup = self.warmup * units
+        rise = min((count + 1) / warmup, 1.0) if warmup > 0 else 1.0
+        past = max(count - warmup, 0.0) / max(epochs * units - warmup, 1.0)
+        return rise * self.decay(count // units, min(past, 1.0))
+
+    def decay(self, epoch: int, past: float) -> float:
+        """The factor without warm-up, in epoch `epoch`, when the fraction `past` of the time after warm-up is over."""
+        return 1.0
+
+
+class ConstantSchedule(_Schedule):
+    """The optimizer's learning rate throughout."""
+
+    type: Literal["constant"] = "constant"
+
+
+class MultiStepSchedule(_Schedule):
+    """Multiplied by `gamma` at the beginning of each epoch in `milestones`."""
+
+    type: Literal["multistep"]
+    milestones: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]
+    gamma: Annotated[float, Field(gt=0, lt=1)] = 0.1
+
+    def decay(self, epoch: int, past: float) -> float:
+        """See `_Schedule.decay`."""
+        return self.gamma ** sum(epoch >= milestone for milestone in self.milestones)
+
+
+class CosineSchedule(_Schedule):
+    """Half a cosine from 1 to `final`."""
+
+    type: Literal["cosine"]
+    final: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    def decay(self, epoch: int, past: float) -> float:
+        """See `_Schedule.decay`."""
+        return self.final + (1 - self.final) * (1 + math.cos(math.pi * past)) / 2
+
+
+ScheduleRecipe = Annotated[ConstantSchedule | MultiStepSchedule | CosineSchedule, Field(discriminator="type")]
+
+
+class MethodRecipe(Named):
+    """A method and its arguments; the values named in `STEPS` may be "75%" or "30 epochs" instead of steps."""
+
+    type: str
+
+    @model_validator(mode="after")
+    def _check(self) -> MethodRecipe:
+        if self.type not in METHODS:
+            _refuse("type", f"no method {self.type!r}{closest(self.type, METHODS)}; allowed are {', '.join(METHODS)}")
+        fields = {field.name: field for field in dataclasses.fields(METHODS[self.type]) if field.init}  # type: ignore[arg-type]
+        _refuse_unknown(self.arguments, fields)
+        for name, field in fields.items():
+            required = field.default is field.default_factory is dataclasses.MISSING
+            if required and name not in self.arguments:
+                _refuse(None, f"{self.type} needs {name!r}; add it")
+        try:
+            self.build(_MANY, _MANY // 1000, 0)
+        except (ConfigurationError, TypeError, ValueError) as error:
+            key = _key_in(str(error), self.arguments)
+            if key not in STEPS:  # those can be judged when the length of the run is known
+                _refuse(key, str(error))
+        return self
+
+    def build(self, steps: int, steps_per_epoch: int, seed: int) -> Method:
+        """Make the method for a run of so many optimizer steps; `seed` is its seed unless the recipe gives one.
+
+        Raises:
+            ConfigurationError: An argument out of range, as the method says it.
+        """
+        arguments = {"seed": seed} | self.arguments
+        for name in STEPS:
+            if name in arguments:
+                arguments[name] = _resolve(name, arguments[name], steps, steps_per_epoch)
+        return METHODS[self.type](**arguments)
+
+
+class Recipe(Section):
+    """A training run: data, network, optimizer, schedule, methods and how to run them."""
+
+    description: str = ""
+    data: DataRecipe
+    model: ModelRecipe
+    optimizer: OptimizerRecipe
+    schedule: ScheduleRecipe = Field(default_factory=ConstantSchedule)
+    epochs: Annotated[int, Field(ge=1)]
+    methods: list[MethodRecipe] = []
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0]
+    precision: Literal["fp32", "bf16"] = "fp32"
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    channels_last: bool = False
+    compile: bool = False
+    deterministic: bool = False
+    threads: Annotated[int, Field(ge=1)] | None = None
+
+    _source: Source | None = PrivateAttr(None)
+
+    @model_validator(mode="after")
+    def _distinct_seeds(self) -> Recipe:
+        if len(set(self.seeds)) < len(self.seeds):
+            _refuse("seeds", f"a seed is given twice in {self.seeds}; give each once")
+        return self
+
+    @property
+    def name(self) -> str:
+        """The name of the file it was read from, without ending; `"run"` for one made in Python."""
+        return Path(self._source.name).stem if self._source else "run"
+
+    def with_seeds(self, seeds: Sequence[int]) -> Recipe:
+        """The same recipe with other seeds.
+
+        Raises:
+            ConfigurationError: No seed, a negative one, or one given twice.
+        """
+        if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
+            raise ConfigurationError(f"seeds: expected different integers of at least 0, got {list(seeds)}")
+        return self.model_copy(update={"seeds": list(seeds)})
+
+    def error(self, path: Sequence[str | int], message: object) -> ConfigurationError:
+        """An error about the value at `path`, saying where it was written."""
+        return ConfigurationError(_locate(self._source, path, str(message)))
+
+    def build_methods(self, steps: int, steps_per_epoch: int, seed: int) -> list[Method]:
+        """Make the methods; see `MethodRecipe.build`. Errors say where the argument was written."""
+        methods = []
+        for i, method in enumerate(self.methods):
+            try:
+                methods.append(method.build(steps, steps_per_epoch, seed))
+            except (ConfigurationError, TypeError, ValueError) as error:
+                raise self.method_error(i, error) from None
+        return methods
+
+    def method_error(self, index: int, error: Exception) -> ConfigurationError:
+        """An error about the method at `index`, placed at the argument that it names first."""
+        key = _key_in(str(error), self.methods[index].arguments)
+        return self.error(("methods", index) if key is None else ("methods", index, key), error)
+
+    def model_error(self, error: object) -> ConfigurationError:
+        """An error about the network, placed at the argument that it names first, or at the name."""
+        return self.error(("model", _key_in(str(error), self.model.arguments) or "name"), error)
+
+    def to_yaml(self) -> str:
+        """The recipe with every value that counts, overrides and defaults included; reads back as the same recipe."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def shipped() -> dict[str, str]:
+    """The text of each recipe that comes with gossamer, by name."""
+    files = resources.files("gossamer").joinpath("recipes").iterdir()
+    found = {file.name.removesuffix(".yaml"): file for file in files if file.name.endswith(".yaml")}
+    return {name: found[name].read_text(encoding="utf-8") for name in sorted(found)}
+
+
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        recipe: Path of a YAML file, or the name of a shipped recipe such as "digits".
+        overrides: `key=value` each, such as `optimizer.lr=0.05` or `methods.0.sparsity=0.98`.
+
+    Returns:
+        The recipe; its errors from here on say the line in the file.
+
+    Raises:
+        ConfigurationError: No such recipe, or something in it that cannot work; one line that says the file, the line,
+            the key, the value and what is allowed.
+    """
+    path = Path(recipe)
+    known = shipped()
+    if str(recipe) in known and not path.is_file():
+        return parse_recipe(f"{recipe}.yaml", known[str(recipe)], overrides)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigurationError(
+            f"{recipe}: no such file, and no shipped recipe has this name{closest(str(recipe), known)}; shipped are "
+            f"{', '.join(known)}"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{recipe}: cannot be read as a text file: {error}") from None
+    return parse_recipe(str(path), text, overrides)
+
+
+def parse_recipe(name: str, text: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Check a recipe's text, called `name` in messages; otherwise as `load_recipe`."""
+    source = Source(name, text, overrides)
+    try:
+        recipe = Recipe.model_validate(source.data)
+    except ValidationError as error:
+        # An unknown key is often the cause of others that are missing, so it comes first.
+        first = min(error.errors(), key=lambda each: each["type"] != "unknown_key")
+        path = _path_of(first["loc"], source.data)
+        context = first.get("ctx", {})
+        if (key := context.get("key")) is not None:
+            path = (*path, key)
+        raise ConfigurationError(_locate(source, path, _message(first))) from None
+    recipe._source = source
+    return recipe
+
+
+def _message(error: Mapping[str, Any]) -> str:
+    if error["type"] in ("unknown_key", "refused"):
+        return str(error["msg"])
+    if error["type"] == "missing":
+        return "missing; add it"
+    if error["type"] == "union_tag_not_found":
+        return "'type' is missing; add it"
+    if error["type"] == "union_tag_invalid":
+        return f"got type {error['ctx']['tag']!r}; allowed are {error['ctx']['expected_tags']}"
+    if error["type"] == "model_type":
+        return f"must be a mapping of keys to values, got {error['input']!r}"
+    return f"{str(error['msg']).replace('Input should be', 'must be')}, got {error['input']!r}"
+
+
+def _path_of(location: Sequence[str | int], data: Any) -> tuple[str | int, ...]:
+    """Pydantic's location without the tags it puts in for members of a union."""
+    path: list[str | int] = []
+    for part in location:
+        if isinstance(data, dict) and part not in data and data.get("type") == part:
+            continue
+        path.append(part)
+        try:
+            data = data[part]
+        except (KeyError, IndexError, TypeError):
+            data = None
+    return tuple(path)
+
+
+def _locate(source: Source | None, path: Sequence[str | int], message: str) -> str:
+    keys = ".".join(map(str, path))
+    if path:
+        message = f"{keys}: {message.removeprefix(f'{path[-1]}: ')}"
+    message = " ".join(message.split())
+    return f"{source.place(path)}: {message}" if source else message
+
+
+def _refuse(key: str | None, reason: str, kind: Literal["refused", "unknown_key"] = "refused") -> NoReturn:
+    raise PydanticCustomError(kind, "{reason}", {"reason": reason, "key": key})
+
+
+def _refuse_unknown(given: Iterable[Any], allowed: Collection[str]) -> None:
+    for key in given:
+        if key not in allowed:
+            reason = f"unknown key{closest(str(key), allowed)}; allowed are {', '.join(allowed)}"
+            _refuse(str(key), reason, "unknown_key")
+
+
+def _refuse_other_kind(key: str, value: Any, default: Any) -> None:
+    """Refuse a value that is not of the kind of an argument's default, where the default tells."""
+    if isinstance(default, bool):
+        expected, fits = "true or false", isinstance(value, bool)
+    elif isinstance(default, int | float):
+        expected, fits = "a number", isinstance(value, int | float) and not isinstance(value, bool)
+    elif isinstance(default, tuple):
+        expected, fits = f"a list of {len(default)}", isinstance(value, list) and len(value) == len(default)
+    else:
+        return
+    if not fits:
+        _refuse(key, f"expected {expected}, got {value!r}")
+
+
+def _key_in(message: str, keys: Iterable[str]) -> str | None:
+    """The argument that an error message speaks of: the one it names first."""
+    found = {match.start(): key for key in keys if (match := re.search(rf"\b{re.escape(key)}\b", message))}
+    return found[min(found)] if found else None
+
+
+def _resolve(name: str, value: Any, steps: int, steps_per_epoch: int) -> Any:
+    """A count of optimizer steps, or a schedule, from the forms a recipe may give it in."""
+    if isinstance(value, str):
+        match = _STEP_TEXT.fullmatch(value)
+        if match is None or (match[2] == "%" and float(match[1]) > 100):
+            raise ConfigurationError(
+                f"{name}: got {value!r}; allowed are a number of optimizer steps, a percentage of the run such as "
+                "'75%', or epochs such as '30 epochs'"
+            )
+        return round(float(match[1]) * (steps / 100 if match[2] == "%" else steps_per_epoch))
+    if isinstance(value, dict):
+        if name != "every" or "periods" not in value or not isinstance(value["periods"], dict):
+            raise ConfigurationError(
+                f"{name}: got {value!r}; a mapping is for `every: {{periods: {{0: 100}}, until: 190}}`"
+            )
+        if unknown := sorted(set(value) - {"periods", "until"}):
+            raise ConfigurationError(f"every: unknown key {unknown[0]!r}; allowed are periods, until")
+        return EpochPeriods(**value, steps_per_epoch=steps_per_epoch)
+    return value
