@@ -198,6 +198,12 @@ def _explicit(distribution: Mapping[str, float], shares: Sequence[Share]) -> lis
                 f"distribution[{pattern!r}]={distribution[pattern]} leaves no active group in {share.name} "
                 f"({share.groups} groups); choose a lower sparsity"
             )
+        cell = share.structure.cell
+        if cell is not None and groups * cell[1] != share.groups * cell[0]:
+            raise ConfigurationError(
+                f"distribution[{pattern!r}]={distribution[pattern]} disagrees with {share.name}, whose structure "
+                f"{share.structure} has sparsity {1 - cell[0] / cell[1]:g}; give that, or another distribution"
+            )
         counts.append(groups)
     if unused := [glob for glob in distribution if glob not in used]:
         raise ConfigurationError(
