@@ -150,7 +150,7 @@ def test_split_into_blocks_is_the_largest_number_of_whole_groups(distribution, s
 def test_no_tensor_is_emptied_while_there_is_one_weight_for_each(distribution, shapes):
     shares = shares_of(shapes)
     assert allocate(distribution, shares, len(shares)) == [1] * len(shares)
-    with pytest.raises(ConfigurationError, match="fewer than one for each of the .* tensors"):
+    with pytest.raises(ConfigurationError, match=r"fewer than one for each of the .* tensors"):
         allocate(distribution, shares, len(shares) - 1)
 
 
@@ -161,13 +161,13 @@ def test_n_to_m_fixes_the_count_of_every_tensor(distribution, n, m):
 
 
 def test_global_has_no_split_of_its_own():
-    with pytest.raises(ConfigurationError, match="'global' needs scores .*choose 'uniform', 'er', 'erk'"):
+    with pytest.raises(ConfigurationError, match=r"'global' needs scores .*choose 'uniform', 'er', 'erk'"):
         allocate("global", shares_of([(4, 4)]), 8)
 
 
 def test_unknown_distribution_lists_the_known():
     with pytest.raises(
-        ConfigurationError, match="got 'erk2'; allowed are 'uniform', 'er', 'erk', 'global'.*did you mean 'erk'"
+        ConfigurationError, match=r"got 'erk2'; allowed are 'uniform', 'er', 'erk', 'global'.*did you mean 'erk'"
     ):
         allocate("erk2", shares_of([(4, 4)]), 8)
     assert NAMES == ("uniform", "er", "erk", "global")

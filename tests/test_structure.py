@@ -203,7 +203,7 @@ def test_element_is_read_and_written():
     "text", ["", "elements", "2:4:8", "2:4 ", "-2:4", "block:4", "block:4x", "block4x1", "4x1", 4, None]
 )
 def test_unknown_structure_lists_what_is_allowed(text):
-    with pytest.raises(ConfigurationError, match="structure: got .*allowed are 'element', 'N:M' .* and 'block:RxC'"):
+    with pytest.raises(ConfigurationError, match=r"structure: got .*allowed are 'element', 'N:M' .* and 'block:RxC'"):
         as_structure(text)
 
 
