@@ -158,18 +158,22 @@ class DSR(MaskMethod):
         freed = self.budget - sum(active)
         lost = count_over_shards(self.tensors, [torch.tensor(len(gone), device=gone.device) for gone in pruned])
         rooms = [t.groups - now - gone for t, now, gone in zip(self.tensors, active, lost, strict=True)]
-        free = [mask == 0 for mask in alive]
-        if sum(rooms) >= freed:
-            for places, gone in zip(free, pruned, strict=True):
-                places.index_fill_(0, gone, False)
-        else:
-            rooms = [tensor.groups - now for tensor, now in zip(self.tensors, active, strict=True)]
+        just_pruned = [
+            torch.zeros_like(mask, dtype=torch.bool).index_fill_(0, gone, True)
+            for mask, gone in zip(alive, pruned, strict=True)
+        ]
+        other = [(mask == 0) & ~gone for mask, gone in zip(alive, just_pruned, strict=True)]
         share = HEURISTICS[self.heuristic]
         wanted = [share(t.groups, was, now) for t, was, now in zip(self.tensors, self._before, active, strict=True)]
-        grow = apportion(freed, wanted, rooms)
-        for mask, grown in zip(alive, sample(self.tensors, free, rooms, grow, self.generator), strict=True):
-            mask.index_fill_(0, grown, -1)
-        return [now + more for now, more in zip(active, grow, strict=True)]
+        for places, available in ((other, rooms), (just_pruned, lost)):
+            grow = apportion(min(freed, sum(available)), wanted, available)
+            for mask, grown in zip(alive, sample(self.tensors, places, available, grow, self.generator), strict=True):
+                mask.index_fill_(0, grown, -1)
+            active = [now + more for now, more in zip(active, grow, strict=True)]
+            freed -= sum(grow)
+            if not freed:
+                break
+        return active
 
     def _adjust(self) -> None:
         pruned = self._last_pruned * self.group_size
