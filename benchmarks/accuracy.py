@@ -40,11 +40,20 @@ MASKED: dict[str, tuple[dict[str, Any], dict[str, tuple[Any, ...]]]] = {
     "static ERK": ({"type": "static", "distribution": "erk"}, DECAY),
     "SET": ({"type": "set", "every": 100, "until": "75%"}, {"drop_fraction": (0.1, 0.3)}),
     "RigL": ({"type": "rigl", "every": 100, "until": "75%"}, {"drop_fraction": (0.1, 0.3)}),
-    "DSR": ({"type": "dsr", "every": 100, "until": "75%"}, {"prune_fraction": (0.001, 0.004)}),
+    "DSR": (
+        {"type": "dsr", "every": 100, "until": "75%", "prune_fraction": 0.004},
+        {"distribution": ("uniform", "erk")},
+    ),
     "gradual pruning": ({"type": "gmp", "every": 100, "end": "75%"}, {"distribution": ("erk", "global")}),
 }
 METHODS = ("dense", "thin dense", *MASKED)
-COLORS = dict(zip(METHODS, ("black", "tab:gray", "tab:cyan", "tab:blue", "tab:olive", "tab:orange", "tab:red", "tab:green"), strict=True))
+COLORS = dict(
+    zip(
+        METHODS,
+        ("black", "tab:gray", "tab:cyan", "tab:blue", "tab:olive", "tab:orange", "tab:red", "tab:green"),
+        strict=True,
+    )
+)
 
 
 def trials(method: str) -> list[dict[str, Any]]:
@@ -118,7 +127,10 @@ def complete(jobs: list[dict[str, Any]], log: Path, workers: int) -> list[dict[s
             done[key(result)] = result
             file.write(json.dumps(result) + "\n")
             file.flush()
-            print(f"{count}/{len(missing)} {key(result)} validation {result['validation']:.4f} {result['seconds']} s", flush=True)
+            print(
+                f"{count}/{len(missing)} {key(result)} validation {result['validation']:.4f} {result['seconds']} s",
+                flush=True,
+            )
     return [done[key(job)] for job in jobs]
 
 
@@ -198,7 +210,10 @@ def markdown(summary: dict[str, Any], command: str) -> str:
                 cells_ = [f"{cells_[0]} (dense)"] * len(cells_)
             lines.append(f"| {network} | {method} | " + " | ".join(cells_) + " |")
     lines += ["", "Paired differences to the better static mask (same seeds):", ""]
-    lines += ["| network | sparsity | method | difference | more than two standard errors above |", "|---|---|---|---|---|"]
+    lines += [
+        "| network | sparsity | method | difference | more than two standard errors above |",
+        "|---|---|---|---|---|",
+    ]
     for claim in summary["against_better_static"]:
         lines.append(
             f"| {claim['network']} | {100 * claim['sparsity']:g} % | {claim['method']} − {claim['better_static']} | "

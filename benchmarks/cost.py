@@ -60,9 +60,7 @@ def mlp_step(pairs: int) -> dict[str, float]:
     dense_model, dense_optimizer = make()
     sparse_model, sparse_optimizer = make()
     gs.attach(sparse_model, gs.Static(0.9), sparse_optimizer)
-    return alternate(
-        trainer(dense_model, dense_optimizer, x, y), trainer(sparse_model, sparse_optimizer, x, y), pairs
-    )
+    return alternate(trainer(dense_model, dense_optimizer, x, y), trainer(sparse_model, sparse_optimizer, x, y), pairs)
 
 
 def wrn_step(pairs: int) -> dict[str, float]:
