@@ -191,8 +191,8 @@ class DSR(MaskMethod):
         super().check_state(state)
         if state.get("budget") != self.budget:
             raise StateError(
-                f"{self.name}: the saved budget is {state.get('budget')} active groups, the attached one {self.budget}; "
-                "attach with the sparsity the state was saved with"
+                f"{self.name}: the saved budget is {state.get('budget')} active groups, the attached one "
+                f"{self.budget}; attach with the sparsity the state was saved with"
             )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
