@@ -156,9 +156,11 @@ class BatchLoader:
                     f"BatchLoader: saved with {key}={settings.get(key)!r}, but this loader has {key}={value!r}; "
                     "make it with the saved settings"
                 )
-        if epoch < 0 or not 0 <= position <= len(self):
+        numbers = isinstance(epoch, int) and isinstance(position, int)
+        if not numbers or epoch < 0 or not 0 <= position <= len(self):
             raise StateError(
-                f"BatchLoader: epoch={epoch}, position={position}; expected position in [0, {len(self)}], epoch ≥ 0"
+                f"BatchLoader: epoch={epoch!r}, position={position!r}; "
+                f"expected epoch ≥ 0 and position from 0 to {len(self)}"
             )
         try:
             self._generator.set_state(generator.cpu())
