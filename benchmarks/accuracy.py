@@ -195,9 +195,10 @@ def markdown(summary: dict[str, Any], command: str) -> str:
     lines = [
         "# Accuracy on Fashion-MNIST",
         "",
-        f"`{command}`; torch {torch.__version__}, Python {platform.python_version()}. Test accuracy in per cent, mean ± "
-        f"standard error over seeds {', '.join(map(str, SEEDS))}; chosen on the validation split with seed {SEARCH_SEED} "
-        "from six trials each.",
+        f"`{command}`; torch {torch.__version__}, Python {platform.python_version()}.",
+        "Test accuracy in per cent, mean ±",
+        f"standard error over seeds {', '.join(map(str, SEEDS))}; chosen on the validation split",
+        f"with seed {SEARCH_SEED} from six trials each.",
         "",
         "| network | method | " + " | ".join(f"{100 * sparsity:g} % sparse" for sparsity in SPARSITIES) + " |",
         "|---|---|" + "---|" * len(SPARSITIES),
@@ -215,9 +216,10 @@ def markdown(summary: dict[str, Any], command: str) -> str:
         "|---|---|---|---|---|",
     ]
     for claim in summary["against_better_static"]:
+        verdict = "yes" if claim["above_by_two_errors"] else "no"
         lines.append(
             f"| {claim['network']} | {100 * claim['sparsity']:g} % | {claim['method']} − {claim['better_static']} | "
-            f"{claim['difference']:+.2f} ± {claim['standard_error']:.2f} | {'yes' if claim['above_by_two_errors'] else 'no'} |"
+            f"{claim['difference']:+.2f} ± {claim['standard_error']:.2f} | {verdict} |"
         )
     lines += ["", "Chosen trials:", "", "| network | sparsity | method | trial |", "|---|---|---|---|"]
     for row in summary["rows"]:

@@ -52,7 +52,7 @@ def test_resnet_20_has_the_published_number_of_masked_weights():
 
 def test_lenet_300_100_and_lenet_5_have_the_published_parameters():
     assert parameter_count(zoo.mnist_mlp()) == 266_610
-    assert parameter_count(zoo.lenet()) == 431_080
+    assert parameter_count(zoo.lenet(image_size=32)) == 61_706
 
 
 def test_sparse_targets_are_all_weights_of_the_small_networks():
