@@ -111,8 +111,13 @@ class Method(ABC):
         """State beyond masks: thresholds, counters, random state; tensors and JSON values."""
         return {}
 
-    def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise StateError where `load_state_dict` could not take this state; change nothing."""
+    def check_state(self, state: Mapping[str, Any], active: int) -> None:
+        """Raise StateError where `load_state_dict` could not take this state; change nothing.
+
+        Args:
+            state: What `state_dict` gave.
+            active: Number of active weights of this method's tensors in the saved masks.
+        """
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave."""

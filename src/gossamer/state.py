@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import StateError
-from gossamer.masks import count_over_shards, enforce, pack, unpack
+from gossamer.masks import MaskedTensor, count_over_shards, enforce, pack, unpack
 from gossamer.method import Method
 from gossamer.targets import local, plain_name
 
@@ -43,6 +43,13 @@ def check(methods: Sequence[Method], state: Mapping[str, Any]) -> None:
     for key, kind in _KEYS.items():
         if not isinstance(state.get(key), kind):
             raise StateError(f"sparsity state: {key!r} is {_brief(state.get(key))}, expected {kind.__name__}")
+    if state["step"] < 0:
+        raise StateError(f"sparsity state: 'step' is {state['step']}, expected a number of steps; the file is damaged")
+    for each in state["methods"]:
+        if not isinstance(each, Mapping) or not all(isinstance(each.get(key), Mapping) for key in ("config", "state")):
+            raise StateError(
+                f"sparsity state: 'methods' has {_brief(each)}, expected a config and a state; the file is damaged"
+            )
     saved = [each["config"].get("method") for each in state["methods"]]
     here = [method.config().get("method") for method in methods]
     if saved != here:
@@ -55,8 +62,7 @@ def check(methods: Sequence[Method], state: Mapping[str, Any]) -> None:
                     f"sparsity state: {method.name} was saved with {key}={_brief(there)}, attached is {_brief(value)}; "
                     "attach with the arguments it was saved with"
                 )
-        method.check_state(each["state"])
-        _check_masks(method, state)
+        method.check_state(each["state"], _check_masks(method, state))
 
 
 def restore(methods: Sequence[Method], state: Mapping[str, Any]) -> None:
@@ -64,8 +70,7 @@ def restore(methods: Sequence[Method], state: Mapping[str, Any]) -> None:
     masks = _by_name(state["masks"])
     tensors = [tensor for method in methods for tensor in method.tensors]
     for tensor in tensors:
-        packed = tensor.local_rows(masks[_strip(tensor.name)]).to(tensor.mask.device)
-        tensor.mask.copy_(unpack(packed, tensor.mask.shape))
+        tensor.mask.copy_(_unpack(tensor, masks))
         enforce(local(tensor.parameter), tensor.mask)
     counts = count_over_shards(tensors, [tensor.mask.count_nonzero() for tensor in tensors])
     for tensor, count in zip(tensors, counts, strict=True):
@@ -74,19 +79,29 @@ def restore(methods: Sequence[Method], state: Mapping[str, Any]) -> None:
         method.load_state_dict(each["state"])
 
 
-def _check_masks(method: Method, state: Mapping[str, Any]) -> None:
+def _check_masks(method: Method, state: Mapping[str, Any]) -> int:
+    """Check the form of a method's masks; returns the number of active weights in them."""
     masks, shapes = _by_name(state["masks"]), _by_name(state["shapes"])
     for tensor in method.tensors:
         mask = masks.get(_strip(tensor.name))
         if not isinstance(mask, Tensor):
             raise StateError(f"sparsity state: no mask of {tensor.name}; there are {_brief(sorted(masks))}")
         expected = (tensor.shape[0], -(-(tensor.weights // tensor.shape[0]) // 8))
-        shape = tuple(shapes.get(_strip(tensor.name), ()))
+        listed = shapes.get(_strip(tensor.name))
+        shape = tuple(listed) if isinstance(listed, Sequence) else listed
         if shape != tensor.shape or tuple(mask.shape) != expected or mask.dtype != torch.uint8:
             raise StateError(
                 f"sparsity state: the mask of {tensor.name} is for shape {shape} (packed {tuple(mask.shape)}, "
                 f"{mask.dtype}), the weight has {tensor.shape} (packed {expected}, torch.uint8)"
             )
+    counts = [_unpack(tensor, masks).count_nonzero() for tensor in method.tensors]
+    return sum(count_over_shards(method.tensors, counts))
+
+
+def _unpack(tensor: MaskedTensor, masks: Mapping[str, Tensor]) -> Tensor:
+    """This rank's part of a tensor's saved mask."""
+    packed = tensor.local_rows(masks[_strip(tensor.name)]).to(tensor.mask.device)
+    return unpack(packed, tensor.mask.shape)
 
 
 def _by_name(values: Mapping[str, Any]) -> dict[str, Any]:

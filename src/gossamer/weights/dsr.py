@@ -88,7 +88,6 @@ class DSR(MaskMethod):
 
     def _start(self, given: list[tuple[Tensor, int]] | None) -> list[tuple[Tensor, int]]:
         masks = super()._start(given)
-        self.budget = sum(active for _, active in masks)
         weights = self.all_parameters if self.over == "all" else sum(tensor.weights for tensor in self.tensors)
         self.intended = self.prune_count if self.prune_count is not None else self.prune_fraction * weights
         self._pruned: list[Tensor] | None = None
@@ -158,22 +157,25 @@ class DSR(MaskMethod):
         freed = self.budget - sum(active)
         lost = count_over_shards(self.tensors, [torch.tensor(len(gone), device=gone.device) for gone in pruned])
         rooms = [t.groups - now - gone for t, now, gone in zip(self.tensors, active, lost, strict=True)]
-        just_pruned = [
-            torch.zeros_like(mask, dtype=torch.bool).index_fill_(0, gone, True)
-            for mask, gone in zip(alive, pruned, strict=True)
-        ]
-        other = [(mask == 0) & ~gone for mask, gone in zip(alive, just_pruned, strict=True)]
+        free = [(mask == 0).index_fill_(0, gone, False) for mask, gone in zip(alive, pruned, strict=True)]
         share = HEURISTICS[self.heuristic]
         wanted = [share(t.groups, was, now) for t, was, now in zip(self.tensors, self._before, active, strict=True)]
-        for places, available in ((other, rooms), (just_pruned, lost)):
-            grow = apportion(min(freed, sum(available)), wanted, available)
-            for mask, grown in zip(alive, sample(self.tensors, places, available, grow, self.generator), strict=True):
-                mask.index_fill_(0, grown, -1)
-            active = [now + more for now, more in zip(active, grow, strict=True)]
-            freed -= sum(grow)
-            if not freed:
-                break
+        back = max(0, freed - sum(rooms))
+        active = self._grow(alive, active, free, rooms, apportion(freed - back, wanted, rooms))
+        if back:
+            free = [
+                torch.zeros_like(mask, dtype=torch.bool).index_fill_(0, gone, True)
+                for mask, gone in zip(alive, pruned, strict=True)
+            ]
+            active = self._grow(alive, active, free, lost, apportion(back, wanted, lost))
         return active
+
+    def _grow(
+        self, alive: list[Tensor], active: list[int], free: list[Tensor], rooms: list[int], counts: list[int]
+    ) -> list[int]:
+        for mask, grown in zip(alive, sample(self.tensors, free, rooms, counts, self.generator), strict=True):
+            mask.index_fill_(0, grown, -1)
+        return [now + more for now, more in zip(active, counts, strict=True)]
 
     def _adjust(self) -> None:
         pruned = self._last_pruned * self.group_size
@@ -184,19 +186,22 @@ class DSR(MaskMethod):
 
     def state_dict(self) -> dict[str, Any]:
         """See `Method.state_dict`."""
-        return super().state_dict() | {"threshold": self.threshold, "budget": self.budget}
+        return super().state_dict() | {"threshold": self.threshold}
 
-    def check_state(self, state: Mapping[str, Any]) -> None:
+    def check_state(self, state: Mapping[str, Any], active: int) -> None:
         """See `Method.check_state`."""
-        super().check_state(state)
-        if state.get("budget") != self.budget:
+        super().check_state(state, active)
+        threshold = state.get("threshold")
+        if not isinstance(threshold, int | float) or not threshold > 0:
             raise StateError(
-                f"{self.name}: the saved budget is {state.get('budget')} active groups, the attached one "
-                f"{self.budget}; attach with the sparsity the state was saved with"
+                f"{self.name}: the saved threshold is {threshold!r}, expected a number above 0; the file is damaged"
             )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Method.load_state_dict`."""
         super().load_state_dict(state)
-        self.threshold = float(state["threshold"])
+        self.threshold = state["threshold"]
         self._pruned = None
+
+    def _admits(self, active: int, budget: int) -> bool:
+        return active <= budget  # fewer between the phases "prune" and "reallocate"

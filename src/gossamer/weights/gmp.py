@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
 from torch import Tensor
 
 from gossamer.distribution import Distribution, Share, allocate
-from gossamer.errors import ConfigurationError
+from gossamer.errors import ConfigurationError, StateError
 from gossamer.method import Proposal, StateOf
 from gossamer.schedule import Periodic, check_number, cubic_ramp
 from gossamer.scores import Score, as_score
@@ -92,3 +94,28 @@ class GMP(MaskMethod):
         if self.distribution == "global" and structure.cell is None:
             return [active // structure.size]
         return allocate(self.distribution, shares, active)
+
+    def _conserved(self, active: list[int]) -> list[int]:
+        return self._to
+
+    def _admits(self, active: int, budget: int) -> bool:
+        return active >= budget
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Method.state_dict`."""
+        return super().state_dict() | {"first": self._from}
+
+    def check_state(self, state: Mapping[str, Any], active: int) -> None:
+        """See `Method.check_state`."""
+        super().check_state(state, active)
+        first = state.get("first")
+        if not isinstance(first, list) or [type(n) for n in first] != [int] * len(self._from):
+            raise StateError(
+                f"{self.name}: the saved start of the ramp is {first!r}, expected the active groups of "
+                f"{len(self._from)} tensors; the file is damaged, or its distribution was not {self.distribution!r}"
+            )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `Method.load_state_dict`."""
+        super().load_state_dict(state)
+        self._from = list(state["first"])

@@ -72,6 +72,11 @@ class MaskMethod(Method):
             self.all_parameters = parameter_count(model)
             given = None if masks is None else [self._given(tensor, masks) for tensor in self.tensors]
             self._first = self._start(given)
+            self.budget = sum(self._conserved([active for _, active in self._first]))
+            # Without a number from the arguments, the masks given say the budget, and a saved state may have another:
+            # weights that were active and zero when the run stopped look pruned when it resumes.
+            said = self.sparsity is not None or isinstance(self.distribution, Mapping) or structure.cell is not None
+            self._budget_is_fixed = said
 
     def install(self) -> None:
         """See `Method.install`."""
@@ -85,17 +90,38 @@ class MaskMethod(Method):
 
     def state_dict(self) -> dict[str, Any]:
         """See `Method.state_dict`."""
-        return {"generator": self.generator.get_state()}
+        return {"generator": self.generator.get_state(), "budget": self.budget}
 
-    def check_state(self, state: Mapping[str, Any]) -> None:
+    def check_state(self, state: Mapping[str, Any], active: int) -> None:
         """See `Method.check_state`."""
         random = state.get("generator")
-        if not isinstance(random, Tensor) or random.dtype != torch.uint8:
+        now = self.generator.get_state()
+        if not isinstance(random, Tensor) or random.dtype != now.dtype or random.shape != now.shape:
             raise StateError(f"{self.name}: the saved state has no random state; it is not one of this method")
+        budget = state.get("budget")
+        if not isinstance(budget, int) or (self._budget_is_fixed and budget != self.budget):
+            raise StateError(
+                f"{self.name}: the saved budget is {budget} active groups, the attached one {self.budget}; attach with "
+                "the sparsity the state was saved with"
+            )
+        if not self._admits(active, budget * self.group_size):
+            raise StateError(
+                f"{self.name}: the saved masks have {active} active weights, their budget is "
+                f"{budget * self.group_size}; the file is damaged, use an earlier one"
+            )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Method.load_state_dict`."""
         self.generator.set_state(state["generator"].cpu())
+        self.budget = state["budget"]
+
+    def _conserved(self, active: list[int]) -> list[int]:
+        """The groups that the budget counts, given the active groups of each tensor at the start."""
+        return active
+
+    def _admits(self, active: int, budget: int) -> bool:
+        """Whether so many weights can be active under a budget."""
+        return active == budget
 
     @property
     def group_size(self) -> int:
