@@ -1,0 +1,371 @@
+"""Invariant 3: stopping and resuming is bit-equal to never stopping; a state that does not match changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import gossamer as gs
+from gossamer.checkpoint import load_tree, save_tree
+
+from .tables import (
+    METHOD_CASES,
+    METHODS,
+    OPTIMIZER_CASES,
+    MethodRow,
+    OptimizerRow,
+    Run,
+    TinyNet,
+    everything,
+    start,
+)
+
+
+def state_of(run: Run) -> dict[str, Any]:
+    return {
+        "model": run.model.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
+        "sparsity": run.sparsity.state_dict(),
+    }
+
+
+def restore(run: Run, state: dict[str, Any]) -> Run:
+    run.model.load_state_dict(state["model"])
+    for optimizer, saved in zip(run.optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    run.sparsity.load_state_dict(state["sparsity"])
+    return run
+
+
+def through_torch(run: Run, again: Callable[[], Run], folder: Path) -> Run:
+    file = io.BytesIO()
+    torch.save(state_of(run), file)
+    file.seek(0)
+    return restore(again(), torch.load(file, weights_only=True))
+
+
+def through_safetensors(run: Run, again: Callable[[], Run], folder: Path) -> Run:
+    save_tree(folder / "state.safetensors", state_of(run))
+    return restore(again(), load_tree(folder / "state.safetensors"))
+
+
+def through_memory(run: Run, again: Callable[[], Run], folder: Path) -> Run:
+    return restore(again(), copy.deepcopy(state_of(run)))
+
+
+def through_pickle(run: Run, again: Callable[[], Run], folder: Path) -> Run:
+    return Run(*pickle.loads(pickle.dumps((run.model, run.optimizers, run.sparsity))))
+
+
+WAYS = [through_torch, through_safetensors, through_memory, through_pickle]
+
+
+def stop_and_resume_three_times(way: Any, make: Callable[[int], Run], folder: Path) -> None:
+    whole = make(0).train(13)
+    run = make(0).train(3)
+    for seed, (begin, end) in enumerate([(3, 6), (6, 7), (7, 13)], start=1):
+        run = way(run, lambda seed=seed: make(seed), folder).train(range(begin, end))
+    assert everything(run) == everything(whole)
+    assert run.sparsity.step == 13
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("method", "structure"), METHOD_CASES)
+def test_every_method_resumes_to_the_bit(method: MethodRow, structure: str, way: Any, tmp_path: Path) -> None:
+    stop_and_resume_three_times(way, lambda seed: start(method, structure, "adamw", seed=seed), tmp_path)
+
+
+@pytest.mark.parametrize(("optimizer", "variant"), OPTIMIZER_CASES)
+def test_every_optimizer_resumes_to_the_bit(optimizer: OptimizerRow, variant: str, tmp_path: Path) -> None:
+    method = next(row for row in METHODS if row.id == "set")
+    for way in (through_torch, through_pickle):
+        stop_and_resume_three_times(way, lambda seed: start(method, "element", optimizer, variant, seed), tmp_path)
+
+
+def test_a_grown_weight_that_is_still_zero_stays_alive_over_a_resume(tmp_path: Path) -> None:
+    run = start(gs.SET(0.75, every=2), "element").train(2)
+    run.sparsity.update()
+    zeros = sum(int((p == 0).sum()) for n, p in run.model.named_parameters() if n in run.sparsity.masks())
+    active = sum(int(mask.sum()) for mask in run.sparsity.masks().values())
+    assert zeros > 864 - active, "no active weight is zero: this test shows nothing"
+    again = through_torch(run, lambda: start(gs.SET(0.75, every=2), "element", seed=1), tmp_path)
+    for name, mask in run.sparsity.masks().items():
+        assert again.sparsity.masks()[name].equal(mask)
+
+
+def test_gradual_pruning_resumes_on_the_ramp_it_started_from(tmp_path: Path) -> None:
+    """Pruning further from zeros that the model had: where the ramp began is no longer visible at the resume."""
+
+    def make(seed: int) -> Run:
+        model = TinyNet(0)
+        gs.prune(model, 0.3)
+        return start(gs.GMP(0.9, end=12, every=2), model=model, masks="zeros")
+
+    whole = make(0).train(13)
+    run = make(0).train(5)
+    again = through_torch(run, lambda: start(gs.GMP(0.9, end=12, every=2), seed=3), tmp_path)
+    assert everything(again.train(range(5, 13))) == everything(whole)
+
+
+@pytest.mark.parametrize("method", [gs.SET(every=2), gs.RigL(every=2), gs.DSR(every=2, threshold=0.1)])
+def test_sparse_fine_tuning_resumes_although_fresh_weights_look_pruned(method: Any, tmp_path: Path) -> None:
+    model = TinyNet(0)
+    gs.prune(model, 0.6)
+    run = start(method, model=copy.deepcopy(model), masks="zeros").train(3)
+    run.sparsity.update()
+    whole = Run(*copy.deepcopy((run.model, run.optimizers, run.sparsity))).train(range(3, 9))
+
+    def attach_to_loaded_weights() -> Run:
+        again = TinyNet(1)
+        again.load_state_dict(run.model.state_dict())
+        return start(method, model=again, masks="zeros")
+
+    resumed = through_torch(run, attach_to_loaded_weights, tmp_path)
+    assert everything(resumed.train(range(3, 9))) == everything(whole)
+
+
+def test_a_frozen_run_stays_frozen_over_a_resume(tmp_path: Path) -> None:
+    run = start(gs.SET(0.75, every=1)).train(2)
+    run.sparsity.freeze()
+    again = through_torch(run, lambda: start(gs.SET(0.75, every=1), seed=1), tmp_path)
+    before = again.sparsity.masks()
+    again.train(range(2, 5))
+    assert all(mask.equal(before[name]) for name, mask in again.sparsity.masks().items())
+    assert everything(again) == everything(run.train(range(2, 5)))
+
+
+def test_several_methods_resume_together(tmp_path: Path) -> None:
+    def make(seed: int) -> Run:
+        model = TinyNet(seed)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        methods = [gs.DSR(0.5, every=2, threshold=0.1, targets="conv*"), gs.SET(0.8, every=3, targets="h*")]
+        return Run(model, [optimizer], gs.attach(model, methods, optimizer))
+
+    stop_and_resume_three_times(through_safetensors, make, tmp_path)
+
+
+def test_a_state_holds_one_bit_a_weight_packed_by_rows_and_otherwise_only_json_values() -> None:
+    state = start(gs.DSR(0.75)).train(3).sparsity.state_dict()
+    shapes = {name: (tuple(bits.shape), bits.dtype) for name, bits in state["masks"].items()}
+    assert shapes == {
+        "conv.weight": ((8, 5), torch.uint8),
+        "hidden.weight": ((16, 4), torch.uint8),
+        "head.weight": ((4, 2), torch.uint8),
+    }
+    json.dumps(state, default=lambda value: "tensor" if isinstance(value, torch.Tensor) else json.loads(str(value)))
+
+
+def test_packed_bits_are_the_mask_row_by_row() -> None:
+    run = start(gs.SET(0.75))
+    state = run.sparsity.state_dict()
+    for name, mask in run.sparsity.masks().items():
+        rows = mask.flatten(1).tolist()
+        expected = [
+            [sum(row[8 * b + i] << i for i in range(8) if 8 * b + i < len(row)) for b in range(-(-len(row) // 8))]
+            for row in rows
+        ]
+        assert state["masks"][name].tolist() == expected
+
+
+def test_a_state_dict_does_not_change_when_training_goes_on() -> None:
+    run = start(gs.SET(0.75, every=1)).train(2)
+    state = run.sparsity.state_dict()
+    before = copy.deepcopy(state)
+    run.train(range(2, 5))
+    assert all(state["masks"][name].equal(mask) for name, mask in before["masks"].items())
+    assert state["methods"][0]["state"]["generator"].equal(before["methods"][0]["state"]["generator"])
+
+
+# -- prefixes of wrappers ----------------------------------------------------------------------------------------------
+
+
+class Wrapped(nn.Module):
+    """What a user's own wrapper does: everything is below `module`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.module(x)
+
+
+@pytest.mark.parametrize(("method", "structure"), METHOD_CASES)
+def test_a_state_saved_below_a_wrapper_loads_into_the_plain_model_and_back(method: MethodRow, structure: str) -> None:
+    plain, wrapped = start(method, structure), start(method, structure, model=Wrapped(TinyNet()))
+    plain.train(5)
+    wrapped.train(3)
+    assert set(wrapped.sparsity.masks()) == {f"module.{name}" for name in plain.sparsity.masks()}
+    wrapped.sparsity.load_state_dict(plain.sparsity.state_dict())
+    again = start(method, structure, seed=2)
+    again.sparsity.load_state_dict(wrapped.sparsity.state_dict())
+    for name, mask in plain.sparsity.masks().items():
+        assert wrapped.sparsity.masks()[f"module.{name}"].equal(mask)
+        assert again.sparsity.masks()[name].equal(mask)
+    assert again.sparsity.step == 5
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
+def test_prefixes_in_a_saved_state_are_stripped(prefix: str) -> None:
+    run = start(gs.SET(0.75, every=1)).train(3)
+    state = run.sparsity.state_dict()
+    for part in ("masks", "shapes"):
+        state[part] = {prefix + name: value for name, value in state[part].items()}
+    config = state["methods"][0]["config"]
+    config["targets"] = [prefix + name for name in config["targets"]]
+    again = start(gs.SET(0.75, every=1), seed=1)
+    again.sparsity.load_state_dict(state)
+    assert all(mask.equal(again.sparsity.masks()[name]) for name, mask in run.sparsity.masks().items())
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+class Other(nn.Module):
+    """TinyNet with one more row in its head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        base = TinyNet()
+        self.conv, self.hidden, self.head = base.conv, base.hidden, nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.hidden(self.conv(x).flatten(1)))
+
+
+def edited(change: Callable[[dict[str, Any]], object]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    def edit(state: dict[str, Any]) -> dict[str, Any]:
+        state = copy.deepcopy(state)
+        change(state)
+        return state
+
+    return edit
+
+
+def _set_one_more_bit(state: dict[str, Any]) -> None:
+    packed = state["masks"]["hidden.weight"]
+    row, byte = next(place for place in (packed != 255).nonzero().tolist())
+    packed[row, byte] += 1 << next(i for i in range(8) if not int(packed[row, byte]) >> i & 1)
+
+
+DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "format": (edited(lambda s: s.update(format=99)), r"format 99.*reads 1"),
+    "no format": (edited(lambda s: s.pop("format")), r"format None"),
+    "empty": (lambda s: {}, r"format None"),
+    "no dict": (lambda s: [], r"format 'list'"),
+    "no step": (edited(lambda s: s.pop("step")), r"'step' is None"),
+    "no masks": (edited(lambda s: s.pop("masks")), r"'masks' is None"),
+    "no shapes": (edited(lambda s: s.pop("shapes")), r"'shapes' is None"),
+    "no methods": (edited(lambda s: s.pop("methods")), r"'methods' is None"),
+    "no frozen": (edited(lambda s: s.pop("frozen")), r"'frozen' is None"),
+    "a mask missing": (edited(lambda s: s["masks"].pop("head.weight")), r"no mask of head\.weight"),
+    "a shape missing": (edited(lambda s: s["shapes"].pop("head.weight")), r"head\.weight"),
+    "a shape wrong": (edited(lambda s: s["shapes"].update({"head.weight": [8, 8]})), r"head\.weight.*\(8, 8\)"),
+    "mask cut": (edited(lambda s: s["masks"].update({"head.weight": s["masks"]["head.weight"][:-1]})), r"head\.weight"),
+    "mask dtype": (
+        edited(lambda s: s["masks"].update({"head.weight": s["masks"]["head.weight"].int()})),
+        r"head\.weight.*torch\.int32.*torch\.uint8",
+    ),
+    "mask no tensor": (edited(lambda s: s["masks"].update({"head.weight": [1, 2]})), r"head\.weight"),
+    "a bit too many": (edited(_set_one_more_bit), r"masks have 217 active weights, their budget is 216"),
+    "step negative": (edited(lambda s: s.update(step=-1)), r"step.*-1"),
+    "step no number": (edited(lambda s: s.update(step="five")), r"step.*'five'"),
+    "method config missing": (edited(lambda s: s["methods"][0].pop("config")), r"config"),
+    "method state missing": (edited(lambda s: s["methods"][0].pop("state")), r"state"),
+    "methods no list": (edited(lambda s: s.update(methods=None)), r"methods"),
+    "generator missing": (edited(lambda s: s["methods"][0]["state"].pop("generator")), r"random state"),
+    "generator cut": (
+        edited(lambda s: s["methods"][0]["state"].update(generator=s["methods"][0]["state"]["generator"][:-8])),
+        r"random state",
+    ),
+    "generator dtype": (
+        edited(lambda s: s["methods"][0]["state"].update(generator=s["methods"][0]["state"]["generator"].long())),
+        r"random state",
+    ),
+    "budget missing": (edited(lambda s: s["methods"][0]["state"].pop("budget")), r"budget is None"),
+}
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.id) for row in METHODS if row.method is not gs.GMP])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_state_is_refused_and_changes_nothing(row: MethodRow, damage: str) -> None:
+    break_it, message = DAMAGE[damage]
+    state = break_it(start(row).train(5).sparsity.state_dict())
+    run = start(row, seed=1).train(3)
+    before = everything(run)
+    with pytest.raises(gs.StateError, match=message):
+        run.sparsity.load_state_dict(state)
+    assert everything(run) == before
+
+
+@pytest.mark.parametrize(
+    ("method", "key", "value"),
+    [
+        (gs.DSR(0.75), "threshold", None),
+        (gs.DSR(0.75), "threshold", -1.0),
+        (gs.DSR(0.75), "threshold", float("nan")),
+        (gs.GMP(0.75, end=9), "first", None),
+        (gs.GMP(0.75, end=9), "first", [5]),
+        (gs.GMP(0.75, end=9), "first", ["a", "b", "c"]),
+    ],
+)
+def test_a_state_without_what_its_method_keeps_is_refused_and_changes_nothing(
+    method: Any, key: str, value: object
+) -> None:
+    run = start(method).train(3)
+    state = run.sparsity.state_dict()
+    state["methods"][0]["state"][key] = value
+    before = everything(run)
+    with pytest.raises(gs.StateError, match={"threshold": "saved threshold", "first": "start of the ramp"}[key]):
+        run.sparsity.load_state_dict(state)
+    assert everything(run) == before
+
+
+def mismatches() -> list[Any]:
+    set_ = gs.SET(0.75, every=2)
+    cases = [
+        ("method", set_, gs.RigL(0.75, every=2), TinyNet, r"\['set'\].*\['rigl'\]"),
+        (
+            "number of methods",
+            set_,
+            [gs.SET(0.75, targets="c*"), gs.SET(0.75, targets="h*")],
+            TinyNet,
+            r"\['set', 'set'\]",
+        ),
+        ("targets", set_, gs.SET(0.75, every=2, targets="h*"), TinyNet, r"targets"),
+        ("shape", set_, gs.SET(0.75, every=2), Other, r"head\.weight.*\(4, 16\).*\(8, 16\)"),
+        ("structure", set_, gs.SET(0.75, every=2, structure="block:4x1"), TinyNet, r"structure='?element"),
+    ]
+    return [pytest.param(*case[1:], id=case[0]) for case in cases]
+
+
+@pytest.mark.parametrize(("saved", "here", "model", "message"), mismatches())
+def test_a_state_of_something_else_is_refused_and_changes_nothing(
+    saved: Any, here: Any, model: Any, message: str
+) -> None:
+    state = start(saved).train(3).sparsity.state_dict()
+    run = start(here, model=model())
+    before = everything(run)
+    with pytest.raises(gs.StateError, match=message):
+        run.sparsity.load_state_dict(state)
+    assert everything(run) == before
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.id) for row in METHODS])
+def test_a_state_of_another_budget_is_refused_and_changes_nothing(row: MethodRow) -> None:
+    for steps in (0, 3, 9):
+        state = start(row.make(sparsity=0.8)).train(steps).sparsity.state_dict()
+        run = start(row.make(sparsity=0.75)).train(3)
+        before = everything(run)
+        with pytest.raises(gs.StateError, match=r"budget|sparsity"):
+            run.sparsity.load_state_dict(state)
+        assert everything(run) == before
