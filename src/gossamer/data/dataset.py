@@ -20,7 +20,7 @@ DIGITS_TEST_SEED = 0
 """Seed of the generator that chooses them; fixed, so that the test digits are the same in every run."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Split:
     """Images and labels, with what their normalisation needs.
 
@@ -42,7 +42,7 @@ class Split:
         return len(self.labels)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dataset:
     """A data set in memory.
 

@@ -19,7 +19,7 @@ _UBYTE = 0x08
 """The idx type code of unsigned bytes."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Raw:
     """A data set as published.
 

