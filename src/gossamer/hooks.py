@@ -71,7 +71,8 @@ class StepHooks:
         for handle in self._handles:
             handle.remove()
         for optimizer in self.optimizers:
-            optimizer.defaults.pop(guard.MARK, None)
+            for options in (optimizer.defaults, *optimizer.param_groups):  # groups added since took over the defaults
+                options.pop(guard.MARK, None)
         self.optimizers, self._handles, self._owned = [], [], []
         self._stepped.clear()
         self.attached = False

@@ -50,7 +50,7 @@ def unwrap(optimizer: object) -> optim.Optimizer:
     Raises:
         ConfigurationError: There is none, or it is one that masks cannot work with.
     """
-    inner = optimizer
+    inner = optimizer if isinstance(optimizer, optim.Optimizer) else getattr(optimizer, "scheduler", optimizer)
     while isinstance(getattr(inner, "optimizer", None), optim.Optimizer):
         inner = inner.optimizer  # type: ignore[attr-defined]
     if not isinstance(inner, optim.Optimizer):
