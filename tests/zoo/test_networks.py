@@ -110,7 +110,8 @@ def test_wide_block_is_its_formula():
 def test_residual_networks_start_with_he_values(build):
     torch.manual_seed(0)
     model = build()
-    convolution = model.stage3[1].conv1
+    convolution = model.stage3[0].conv1
+    assert convolution.in_channels != convolution.out_channels
     expected = math.sqrt(2 / (9 * convolution.out_channels))
     assert convolution.weight.std().item() == pytest.approx(expected, rel=0.02)
     assert not model.classifier.bias.any()

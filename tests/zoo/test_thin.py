@@ -17,10 +17,12 @@ def test_the_next_wider_network_is_above_the_budget(budget):
     assert parameter_count(zoo.mnist_mlp((round(width * STEPS) + 1) / STEPS)) > budget
 
 
-def test_the_full_budget_gives_the_network_itself_and_one_less_a_thinner_one():
-    full = parameter_count(zoo.cifar_wrn(10, 2))
-    assert parameter_count(zoo.cifar_wrn(10, zoo.width_for_parameters(lambda w: zoo.cifar_wrn(10, w), full))) == full
-    assert zoo.width_for_parameters(lambda w: zoo.cifar_wrn(10, w), full - 1) < 2
+@pytest.mark.parametrize("width", [0.37, 1, 1.3, 2])
+def test_a_budget_that_a_network_meets_exactly_gives_that_network_and_one_less_a_thinner_one(width):
+    budget = parameter_count(zoo.cifar_wrn(10, width))
+    found, below = (zoo.width_for_parameters(lambda w: zoo.cifar_wrn(10, w), budget - less) for less in (0, 1))
+    assert parameter_count(zoo.cifar_wrn(10, found)) == budget
+    assert below < width <= found
 
 
 def test_searching_draws_no_random_number():
