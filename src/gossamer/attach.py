@@ -97,7 +97,8 @@ class Sparsity:
         again replaces what was followed before.
 
         Args:
-            optimizer: An optimizer or a list of them; wrappers with an `.optimizer` are looked through.
+            optimizer: An optimizer, or a list of them in the order in which they step: steps of the first are counted.
+                Wrappers with an `.optimizer` are looked through.
 
         Raises:
             ConfigurationError: An optimizer masks cannot work with.
@@ -201,7 +202,7 @@ class Sparsity:
     def freeze(self, frozen: bool = True) -> None:
         """Stop mask updates (or let them go on); masks stay in force."""
         self._require_attached()
-        self._hooks.frozen = frozen
+        self._hooks.freeze(frozen)
 
     def on_update(self, callback: Callable[[MaskUpdate], object]) -> None:
         """Call a function after every mask update; it is not part of copies and pickles of the handle."""

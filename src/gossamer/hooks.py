@@ -4,7 +4,8 @@ before  if a method has an update due: new masks from the weights and gradients 
         weights; then gradients of pruned weights are zeroed where the optimizer would mix them into others
 after   every pruned weight is set to +0.0
 
-With several optimizers one step is a round in which each of them steps; updates are made before the first.
+With several optimizers the steps of the first are counted, and updates are made before those: a gradient scaler may
+leave out any of them, so what belongs together cannot be told from how often each has stepped.
 """
 
 from __future__ import annotations
@@ -44,8 +45,7 @@ class StepHooks:
         self._owned: list[list[MaskedTensor]] = []
         self._step = 0
         self._overflows: Tensor | None = None
-        self._stepped: set[int] = set()
-        self._skip = False
+        self._left_out: set[int] = set()  # optimizers whose next step is withheld, since an update asked for it
         self._withheld: dict[int, list[tuple[Tensor, Tensor]]] = {}
         guard.watch(self)
 
@@ -74,7 +74,7 @@ class StepHooks:
             for options in (optimizer.defaults, *optimizer.param_groups):  # groups added since took over the defaults
                 options.pop(guard.MARK, None)
         self.optimizers, self._handles, self._owned = [], [], []
-        self._stepped.clear()
+        self._left_out.clear()
         self.attached = False
         guard.release(self)
 
@@ -87,7 +87,13 @@ class StepHooks:
     @step.setter
     def step(self, value: int) -> None:
         self._step, self._overflows = value, None
-        self._stepped.clear()
+        self._left_out.clear()
+
+    def freeze(self, frozen: bool) -> None:
+        """Leave out updates that are due from now on, or no longer."""
+        # A due step is met by counting; taken back only after the stretch, overflows would let it be passed over.
+        self._settle()
+        self.frozen = frozen
 
     def commit(self, method: Method, proposal: Proposal) -> MaskUpdate:
         """Put new masks in force, give grown weights fresh optimizer state, and tell the callbacks."""
@@ -152,10 +158,10 @@ class StepHooks:
     @torch.no_grad()
     def _with_gradients(self, optimizer: optim.Optimizer, index: int) -> None:
         """Do what belongs between backward and the change of weights."""
-        if not self._stepped or index in self._stepped:
-            self._stepped.clear()
-            self._skip = self._begin_round(optimizer)
-        if self._skip:
+        if index == 0:
+            self._left_out = set(range(len(self.optimizers))) if self._begin_step(optimizer) else set()
+        if index in self._left_out:
+            self._left_out.remove(index)
             held = [(p, p.grad) for p in optimizers.parameters(optimizer) if p.grad is not None]
             self._withheld[index] = held
             for parameter, _ in held:
@@ -165,7 +171,7 @@ class StepHooks:
                 if tensor.parameter.grad is not None:
                     enforce(local(tensor.parameter.grad), tensor.mask)
 
-    def _begin_round(self, optimizer: optim.Optimizer) -> bool:
+    def _begin_step(self, optimizer: optim.Optimizer) -> bool:
         """Count the step and make the updates that are due; returns whether the optimizers' step is left out."""
         self._step += 1
         overflow = getattr(optimizer, "found_inf", None)
@@ -192,9 +198,7 @@ class StepHooks:
             parameter.grad = gradient
         for tensor in self._owned[index]:
             enforce(local(tensor.parameter), tensor.mask)
-        self._stepped.add(index)
-        if len(self._stepped) == len(self.optimizers):
-            self._stepped.clear()
+        if index == 0:
             for method in self._methods:
                 method.after_step(self._step)
 
@@ -207,7 +211,7 @@ class StepHooks:
         return next(i for i, each in enumerate(self.optimizers) if each is optimizer)
 
     def __getstate__(self) -> dict[str, Any]:
-        transient: dict[str, Any] = {"_handles": [], "_owned": [], "_stepped": set(), "_withheld": {}, "callbacks": []}
+        transient: dict[str, Any] = {"_handles": [], "_owned": [], "_withheld": {}, "callbacks": []}
         return self.__dict__ | {"_step": self.step} | transient
 
     def __setstate__(self, state: dict[str, Any]) -> None:

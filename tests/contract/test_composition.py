@@ -195,7 +195,7 @@ def test_following_a_new_optimizer_lets_go_of_the_old_one() -> None:
     assert_zeros(run.model, run.sparsity.masks())
 
 
-def test_several_optimizers_count_one_step_for_a_round_of_all() -> None:
+def test_of_several_optimizers_the_first_is_counted() -> None:
     run = start(gs.SET(0.75, every=2), optimizer="muon+adamw")
     seen: list[int] = []
     run.sparsity.on_update(lambda update: seen.append(update.step))
@@ -205,7 +205,6 @@ def test_several_optimizers_count_one_step_for_a_round_of_all() -> None:
 
 
 def test_one_optimizer_of_several_may_rest() -> None:
-    """The second steps only every other time: a round then ends when the first begins anew."""
     run = start(gs.SET(0.75, every=2), optimizer="muon+adamw")
     for step in range(6):
         backward(run.model, step)
