@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from gossamer import guard, optimizers, state
 from gossamer.errors import ConfigurationError, OrderError
 from gossamer.hooks import StepHooks
-from gossamer.masks import enforce
+from gossamer.masks import enforce, rows_like
 from gossamer.method import Masks, MaskUpdate, Method
 from gossamer.summary import Summary, summarize
 from gossamer.targets import closest, local, plain_name
@@ -227,7 +227,8 @@ class Sparsity:
         """Write the present masks into a copy of the model, such as an EMA or SWA average.
 
         Args:
-            copy: A module with the same parameter names (prefixes of wrappers are ignored).
+            copy: A module with the same parameter names (prefixes of wrappers are ignored), on all ranks; its weights
+                may be whole where those of the model are sharded, and the other way round.
 
         Raises:
             ConfigurationError: A masked weight is missing in the copy, or has another shape.
@@ -235,16 +236,19 @@ class Sparsity:
         found = {plain_name(name): parameter for name, parameter in copy.named_parameters(remove_duplicate=False)}
         pairs = []
         for tensor in self._hooks.tensors():
-            parameter = found.get(tensor.name, found.get(f"module.{tensor.name}"))
-            if parameter is None or local(parameter).shape != tensor.mask.shape:
+            # An average of a model under DDP adds the prefix twice.
+            spellings = (f"{prefix}{tensor.name}" for prefix in ("", "module.", "module.module."))
+            parameter = next((found[name] for name in spellings if name in found), None)
+            if parameter is None or tuple(parameter.shape) != tensor.shape:
                 shape = None if parameter is None else tuple(parameter.shape)
                 raise ConfigurationError(
                     f"project: the copy has {'no parameter' if shape is None else f'shape {shape} for'} {tensor.name} "
                     f"{tensor.shape}; it must be a copy of the attached model"
                 )
-            pairs.append((local(parameter), tensor.mask))
-        for weight, mask in pairs:
-            enforce(weight, mask.to(weight.device))
+            pairs.append((parameter, tensor))
+        for parameter, tensor in pairs:
+            weight = local(parameter)
+            enforce(weight, rows_like(tensor.distribute(tensor.mask), parameter).to(weight.device))
 
     # -- end -----------------------------------------------------------------------------------------------------------
 

@@ -109,7 +109,7 @@ class MaskedTensor:
         if isinstance(parameter, DTensor) and self.process_group is None:
             mesh, placements = parameter.device_mesh, parameter.placements
             sharded = [dim for dim, placement in enumerate(placements) if placement.is_shard()]
-            mask = self.local_rows(mask)
+            mask = rows_like(mask, parameter)
             if sharded:
                 placement = placements[sharded[0]]
                 if len(sharded) > 1 or type(placement) is not Shard or placement.dim != 0:
@@ -135,17 +135,6 @@ class MaskedTensor:
         counts = _all_reduce(counts, self.process_group, self.mask.device)
         return int(counts[:rank].sum())
 
-    def local_rows(self, whole: Tensor) -> Tensor:
-        """This rank's rows of a tensor that is whole, or sharded in any way, with the weight's rows as dimension 0."""
-        parameter = self.parameter
-        if not isinstance(parameter, DTensor):
-            return whole.full_tensor() if isinstance(whole, DTensor) else whole
-        mesh, placements = parameter.device_mesh, parameter.placements
-        if isinstance(whole, DTensor):
-            return whole.redistribute(mesh, placements).to_local()
-        device = local(parameter).device
-        return distribute_tensor(whole.to(device), mesh, placements, src_data_rank=None).to_local()
-
     def distribute(self, part: Tensor) -> Tensor:
         """A tensor of this rank's rows as a DTensor sharded as the weight is, or as it is where nothing is sharded."""
         parameter = self.parameter
@@ -156,6 +145,17 @@ class MaskedTensor:
         return DTensor.from_local(
             part, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
         )
+
+
+def rows_like(values: Tensor, parameter: Tensor) -> Tensor:
+    """This rank's part of values that are whole or sharded in any way, sharded as the parameter is."""
+    if not isinstance(parameter, DTensor):
+        return values.full_tensor() if isinstance(values, DTensor) else values
+    mesh, placements = parameter.device_mesh, parameter.placements
+    if isinstance(values, DTensor):
+        return values.redistribute(mesh, placements).to_local()
+    device = local(parameter).device
+    return distribute_tensor(values.to(device), mesh, placements, src_data_rank=None).to_local()
 
 
 def enforce(tensor: Tensor, mask: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import StateError
-from gossamer.masks import MaskedTensor, count_over_shards, enforce, pack, unpack
+from gossamer.masks import MaskedTensor, count_over_shards, enforce, pack, rows_like, unpack
 from gossamer.method import Method
 from gossamer.targets import local, plain_name
 
@@ -100,7 +100,7 @@ def _check_masks(method: Method, state: Mapping[str, Any]) -> int:
 
 def _unpack(tensor: MaskedTensor, masks: Mapping[str, Tensor]) -> Tensor:
     """This rank's part of a tensor's saved mask."""
-    packed = tensor.local_rows(masks[_strip(tensor.name)]).to(tensor.mask.device)
+    packed = rows_like(masks[_strip(tensor.name)], tensor.parameter).to(tensor.mask.device)
     return unpack(packed, tensor.mask.shape)
 
 

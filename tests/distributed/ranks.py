@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 WORLD = 2
-PATIENCE = timedelta(seconds=60)
+PATIENCE = timedelta(seconds=30)
 """How long a rank waits in a collective for one that does not come."""
 
 Case = Callable[[Path], Any]
@@ -37,26 +37,33 @@ class Results:
         self._ranks = ranks
 
     def __getitem__(self, case: str) -> list[Any]:
-        """The results of a case, one a rank; fails the test with the traceback where a rank raised."""
-        for rank, results in enumerate(self._ranks):
-            if "error" in results[case]:
-                pytest.fail(f"rank {rank}:\n{results[case]['error']}", pytrace=False)
+        """The results of a case, one a rank; fails the test with the tracebacks where ranks raised."""
+        raised = [f"rank {i}:\n{each[case]['error']}" for i, each in enumerate(self._ranks) if "error" in each[case]]
+        if raised:
+            pytest.fail("\n".join(raised), pytrace=False)
         return [results[case]["value"] for results in self._ranks]
 
 
 def _rank(rank: int, cases: Callable[[], Mapping[str, Case]], folder: str) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
-    rendezvous = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=WORLD, timeout=PATIENCE)
+    agreement = dist.FileStore(f"{folder}/agreement", WORLD)
     results = {}
-    for name, case in cases().items():
+    for number, (name, case) in enumerate(cases().items()):
+        if not dist.is_initialized():
+            method = f"file://{folder}/rendezvous{number}"
+            dist.init_process_group("gloo", init_method=method, rank=rank, world_size=WORLD, timeout=PATIENCE)
         try:
             results[name] = {"value": case(Path(folder))}
         except Exception:
             results[name] = {"error": traceback.format_exc()}
+        agreement.set(f"{number}/{rank}", "failed" if "error" in results[name] else "passed")
+        outcomes = [agreement.get(f"{number}/{each}") for each in range(WORLD)]
+        if dist.is_initialized() and b"failed" in outcomes:
+            dist.destroy_process_group()
     torch.save(results, Path(folder) / f"rank{rank}.pt")
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def error_of(action: Callable[[], object]) -> str:
