@@ -33,11 +33,15 @@ def save_tree(path: str | Path, tree: Any) -> None:
 
     Raises:
         ConfigurationError: A value of another type, named by its path; nothing is written.
+        OSError: The file cannot be written, as where the disk is full; the old one is still there.
     """
     tensors: dict[str, Tensor] = {}
     layout = json.dumps(_encode(tree, (), tensors))
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": _FORMAT, "tree": layout})
+        try:
+            save_file(tensors, temporary, metadata={"format": _FORMAT, "tree": layout})
+        except SafetensorError as error:
+            raise OSError(f"{path}: cannot be written: {error}") from error
 
 
 def load_tree(path: str | Path) -> Any:
@@ -72,7 +76,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors makes files that only their owner can read
         _flush(temporary)
         temporary.replace(path)
         _flush(path.parent)

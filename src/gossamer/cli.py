@@ -1,23 +1,24 @@
-"""The commands. Exit status: 0 done, 1 training diverged, 2 bad input and nothing written, 3 interrupted."""
+"""The commands. Exit status: 0 done, 1 training failed, 2 bad input and nothing written, 3 interrupted."""
 
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+from accelerate import PartialState
 from rich.table import Table
 
-from gossamer.console import print_results
+from gossamer.console import print_results, stdout_console
 from gossamer.errors import ConfigurationError, DataError, GossamerError, NonFiniteError
 from gossamer.recipe import Recipe, load_recipe, parse_recipe, shipped
 from gossamer.run_folder import next_free, recipe_of
 from gossamer.training import Result, train_seeds
 
-DIVERGED, BAD_INPUT, INTERRUPTED = 1, 2, 3
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 3
 
 app = typer.Typer(
     add_completion=False,
@@ -64,8 +65,9 @@ def train(
                     raise
                 typer.echo(f"{error}\nTraining {fallback!r} instead.", err=True)
                 results, folder = _run(_with_seeds(load_recipe(fallback), seeds), out)
-        print_results(Console(), results)
-        typer.echo(f"run folder: {folder}")
+        if PartialState().is_main_process:
+            print_results(stdout_console(), results)
+            typer.echo(f"run folder: {folder}")
 
 
 @app.command()
@@ -75,7 +77,7 @@ def recipes() -> None:
         table = Table(show_header=False, box=None)
         for name, text in shipped().items():
             table.add_row(name, parse_recipe(f"{name}.yaml", text).description)
-        Console().print(table)
+        stdout_console().print(table)
 
 
 def _run(recipe: Recipe, out: Path | None, resume: bool = False) -> tuple[list[Result], Path]:
@@ -93,18 +95,17 @@ def _run(recipe: Recipe, out: Path | None, resume: bool = False) -> tuple[list[R
 def _with_seeds(recipe: Recipe, seeds: str | None) -> Recipe:
     if seeds is None:
         return recipe
-    try:
-        numbers = [int(part) for part in seeds.split(",")]
-    except ValueError:
-        raise ConfigurationError(f"--seeds: got {seeds!r}; allowed are seeds such as 0,1,2, or how many") from None
+    if not re.fullmatch(r"[1-9]\d*|\d+(,\d+)+", seeds):
+        raise ConfigurationError(f"--seeds: got {seeds!r}; allowed are seeds such as 0,1,2, or how many, such as 3")
+    numbers = [int(part) for part in seeds.split(",")]
     return recipe.with_seeds(numbers if "," in seeds else range(numbers[0]))
 
 
 @contextlib.contextmanager
 def _clear_errors() -> Iterator[None]:
-    """Turn gossamer's errors into one line and an exit status."""
+    """Turn gossamer's errors, and those of the file system, into one line and an exit status."""
     try:
         yield
-    except GossamerError as error:
+    except (GossamerError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(DIVERGED if isinstance(error, NonFiniteError) else BAD_INPUT) from None
+        raise typer.Exit(FAILED if isinstance(error, NonFiniteError | OSError) else BAD_INPUT) from None

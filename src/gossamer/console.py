@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
@@ -89,6 +90,11 @@ class Bar(Display):
         self._progress.update(
             self._task, completed=metrics["step"], epoch=metrics["epoch"], measures=_measures(metrics)
         )
+
+
+def stdout_console() -> Console:
+    """The console of standard output; wide enough for parameter names where it is a file or a pipe."""
+    return Console() if sys.stdout.isatty() else Console(width=120)
 
 
 def display(console: Console | None, seed: int, epochs: int, steps: int, done: int) -> Display:

@@ -191,7 +191,7 @@ class MethodRecipe(Named):
         try:
             self.build(_MANY, _MANY // 1000, 0)
         except (ConfigurationError, TypeError, ValueError) as error:
-            key = _key_in(str(error), self.arguments)
+            key = _key_in(str(error), [*self.arguments, *STEPS])
             if key not in STEPS:  # those can be judged when the length of the run is known
                 _refuse(key, str(error))
         return self

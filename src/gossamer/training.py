@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import nn
 
 from gossamer.checkpoint import write_text
-from gossamer.console import display
+from gossamer.console import display, stdout_console
 from gossamer.loop import Run
 from gossamer.recipe import Recipe
 from gossamer.run_folder import SUMMARY, RunFolder
@@ -110,7 +109,7 @@ def train(
             history = folder.metrics()
         elif folder is not None and writes:
             folder.create()
-        console = Console() if progress and run.accelerator.is_main_process else None
+        console = stdout_console() if progress and run.accelerator.is_main_process else None
         with display(console, seed, recipe.epochs, run.steps_per_epoch * recipe.epochs, run.sparsity.step) as shown:
             while run.epoch < recipe.epochs:
                 history.append(run.run_epoch(shown))
