@@ -117,9 +117,7 @@ OPTIMIZERS = [
 OPTIMIZER_CASES = [pytest.param(row, v, id=f"{row.id}-{v}") for row in OPTIMIZERS for v in row.variants]
 ONE_OF_EACH = [pytest.param(row, id=row.id) for row in OPTIMIZERS]
 FUSED = [pytest.param(row, id=row.id) for row in OPTIMIZERS if "fused" in row.variants and len(row.classes) == 1]
-FEW = [
-    pytest.param(row, id=row.id) for row in OPTIMIZERS if row.id in ("sgd-momentum", "adamw", "adafactor", "muon+adamw")
-]
+ALONE = [pytest.param(row, id=row.id) for row in OPTIMIZERS if len(row.classes) == 1]
 
 
 class TinyNet(nn.Module):
