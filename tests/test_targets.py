@@ -249,7 +249,7 @@ def torch_pruned():
         (
             small,
             "heda*",
-            r"targets: 'heda\*' matches no weight.*Eligible: body.0.weight, body.2.weight, head.weight, stem.weight",
+            r"targets: 'heda\*' matches no weight.*eligible are body.0.weight, body.2.weight, head.weight, stem.weight",
         ),
         (small, "head.wieght", r"'head.wieght' matches no weight.*did you mean 'head.weight'\?"),
         (small, ["*", "!boddy*"], r"'!boddy\*' matches no weight"),

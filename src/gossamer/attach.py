@@ -55,7 +55,7 @@ def attach(
     if second_moment not in optimizers.SECOND_MOMENTS:
         raise ConfigurationError(f"second_moment: got {second_moment!r}; allowed are 'zero' and 'mean'")
     _check_unwrapped(model)
-    bound = [copy.deepcopy(method) for method in ([methods] if isinstance(methods, Method) else methods)]
+    bound = [copy.deepcopy(method) for method in (methods if isinstance(methods, Sequence) else [methods])]
     for method in bound:
         if not isinstance(method, Method):
             raise ConfigurationError(f"methods: expected methods such as gossamer.SET(...), got {method!r}")

@@ -153,8 +153,8 @@ def _choose(found: list[tuple[Target, list[nn.Module]]], eligible: set[str], sel
                     f"targets: {part!r} matches no weight of two or more dimensions of a linear, convolutional, "
                     "recurrent or attention layer"
                     + (f"; it does match {_some(others)}: name such a parameter exactly" if others else "")
-                    + (closest(pattern, names) if not others else "")
-                    + f". Eligible: {_some(sorted(eligible))}"
+                    + (closest(pattern, eligible) if not others else "")
+                    + f"; eligible are {_some(sorted(eligible))}"
                 )
             if part.startswith("!"):
                 excluded |= hits

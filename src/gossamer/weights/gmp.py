@@ -91,9 +91,11 @@ class GMP(MaskMethod):
         structure = self.tensors[0].structure
         shares = [Share(tensor.name, tensor.shape, structure) for tensor in self.tensors]
         active = self._budget(shares, sparsity)
-        if self.distribution == "global" and structure.cell is None:
-            return [active // structure.size]
-        return allocate(self.distribution, shares, active)
+        if self.distribution != "global":
+            return allocate(self.distribution, shares, active)
+        if structure.cell is not None:  # leaves nothing to rank across cells
+            return allocate("uniform", shares, active)
+        return [active // structure.size]
 
     def _conserved(self, active: list[int]) -> list[int]:
         return self._to

@@ -214,8 +214,15 @@ class MaskMethod(Method):
             wrong = int((alive.view(-1, m).sum(1) != -n).sum())
             if wrong:
                 raise ConfigurationError(
-                    f"{tensor.name}: {wrong} of {tensor.groups // m} cells of {m} weights are not {n} active, "
-                    f"as structure {tensor.structure} asks; prune with this structure first (gossamer.prune)"
+                    f"{tensor.name}: {wrong} of {tensor.groups // m} cells of {m} weights do not have exactly {n} "
+                    f"active, as structure {tensor.structure} asks; prune with this structure first (gossamer.prune)"
+                )
+        if not isinstance(masks, str):  # a single zero in a living group is a value, but in a mask it is a wish
+            torn = (tensor.structure.expand(alive, mask.shape, tensor.input_dim) != mask).to(torch.int8).neg_()
+            if wrong := int(tensor.structure.collapse(torn, tensor.input_dim).count_nonzero()):
+                raise ConfigurationError(
+                    f"{tensor.name}: {wrong} of {tensor.groups} groups of structure {tensor.structure} are only partly "
+                    "active in its mask; prune with this structure first (gossamer.prune), or use structure='element'"
                 )
         return alive, active
 
