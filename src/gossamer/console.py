@@ -115,14 +115,14 @@ def print_results(console: Console, results: Sequence[Result]) -> None:
     for label, values in (
         ("test accuracy", [each.test_accuracy for each in results]),
         ("validation accuracy", [each.validation_accuracy for each in results]),
-        ("zeros among masked weights", [each.sparsity for each in results]),
-        ("zeros in the whole model", [each.summary.totals["all_sparsity"] for each in results]),
+        ("sparsity of masked weights", [each.sparsity for each in results]),
+        ("sparsity of whole model", [each.summary.totals["all_sparsity"] for each in results]),
     ):
         known = [value for value in values if value is not None]
         if known:
             table.add_row(label, spread([100 * value for value in known], 2) + " %")
     total, kept = first.totals["all_total"], spread([each.summary.totals["all_nonzero"] for each in results], 0)
-    table.add_row("parameters not zero", f"{kept} of {total:,}")
+    table.add_row("parameters kept", f"{kept} of {total:,}")
     table.add_row("training time", f"{sum(each.seconds for each in results):.1f} s")
     if len(results) > 1:
         table.add_row("seeds", ", ".join(str(each.seed) for each in results) + " (mean ± standard error)")

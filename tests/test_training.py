@@ -1,0 +1,407 @@
+import json
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from gossamer.attach import Sparsity
+from gossamer.checkpoint import load_tree
+from gossamer.errors import ConfigurationError, NonFiniteError, StateError
+from gossamer.recipe import Recipe, load_recipe
+from gossamer.run_folder import RunFolder, recipe_of
+from gossamer.training import train, train_seeds
+
+SMALL = ("epochs=4", "model.width=0.3", "data.batch_size=64")
+METHODS = {
+    "dsr": "{type: dsr, sparsity: 0.9, every: 7}",
+    "set": "{type: set, sparsity: 0.9, every: 7}",
+    "rigl": "{type: rigl, sparsity: 0.9, every: 7, until: 75%}",
+    "gmp": "{type: gmp, sparsity: 0.9, every: 7, end: 75%}",
+    "static": "{type: static, sparsity: 0.9}",
+}
+
+
+def small(*overrides: str) -> Recipe:
+    return load_recipe("digits", [*SMALL, *overrides])
+
+
+def weights(model: nn.Module | None) -> dict[str, torch.Tensor]:
+    assert model is not None
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def equal(a: object, b: object) -> bool:
+    """Equal to the bit, tensors included."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return type(a) is type(b) and a == b
+
+
+def lines(file: Path) -> list[dict]:
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in file.read_text().splitlines()]
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch, step: int, run: Callable[[], object]) -> None:
+    """Call `run`, with Ctrl-C pressed in its `step`-th training step."""
+    ordinary, count = Sparsity.penalty, iter(range(1, 10**6))
+
+    def penalty(self: Sparsity) -> torch.Tensor:
+        if next(count) == step:
+            raise KeyboardInterrupt
+        return ordinary(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Sparsity, "penalty", penalty)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+
+
+def test_digits_are_learned_at_ninety_percent_zeros():
+    result = train(load_recipe("digits"), progress=False)
+    assert 0.94 < result.test_accuracy < 1
+    assert result.validation_accuracy == result.history[-1]["validation_accuracy"] > 0.94
+    assert (result.epochs, result.steps, len(result.history)) == (20, 20 * math.ceil(1293 / 32), 20)
+    masked = {row["name"]: row for row in result.summary.rows}
+    assert sum(row["active"] for row in masked.values()) == round(0.1 * 50_200)
+    for name, weight in weights(result.model).items():
+        if name in masked:  # a weight just grown is active and yet zero
+            assert masked[name]["total"] - masked[name]["active"] <= int((weight == 0).sum()) < masked[name]["total"]
+    assert result.sparsity == pytest.approx(0.9, abs=1e-12)
+    losses = [each["train_loss"] for each in result.history]
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_the_trained_model_is_plain():
+    result = train(small("precision=bf16", "epochs=1"), progress=False)
+    assert isinstance(result.model, nn.Module)
+    assert not any(name.startswith("_original") for name in vars(result.model))
+    optimizer = torch.optim.SGD(result.model.parameters(), lr=0.1)
+    result.model(torch.rand(2, 1, 8, 8)).sum().backward()
+    optimizer.step()  # an attached model would refuse an optimizer that does not know its masks
+
+
+def test_a_seed_decides_everything():
+    first, second, other = (train(small(), seed=seed, progress=False) for seed in (1, 1, 2))
+    assert equal(weights(first.model), weights(second.model))
+    assert [each["train_loss"] for each in first.history] == [each["train_loss"] for each in second.history]
+    assert not equal(weights(first.model), weights(other.model))
+
+
+def test_initial_weights_do_not_depend_on_the_method():
+    dense, sparse = (
+        train(small("optimizer.lr=0.0", f"methods=[{m}]"), progress=False) for m in ("", METHODS["static"])
+    )
+    kept = weights(sparse.model)
+    for name, weight in weights(dense.model).items():
+        alive = kept[name] != 0
+        assert torch.equal(weight[alive], kept[name][alive])
+
+
+def test_the_random_state_and_the_threads_of_the_caller_are_left_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    threads = torch.get_num_threads()
+    train(small("threads=2", "deterministic=true", "epochs=1"), progress=False)
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.get_num_threads() == threads
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_nothing_is_written_and_nothing_said_without_a_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train(small("epochs=1"), progress=False)
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_test_data_are_left_alone_on_request():
+    result = train(small("epochs=1"), progress=False, test=False)
+    assert result.test_accuracy is None
+    assert result.test_loss is None
+
+
+def test_training_without_validation_data_uses_them_to_train():
+    result = train(small("data.validation=0", "epochs=1"), progress=False)
+    assert result.validation_accuracy is None
+    assert result.steps == math.ceil(1437 / 64)
+
+
+def test_a_dense_network_is_an_empty_list_of_methods():
+    result = train(small("methods=[]"), progress=False)
+    assert result.sparsity == 0
+    assert result.summary.rows == []
+    assert all((w != 0).all() for name, w in weights(result.model).items() if name.endswith("weight"))
+
+
+def test_a_run_folder_holds_recipe_metrics_updates_checkpoint_and_summary(tmp_path):
+    recipe = small("seeds=[3]", "methods.0.every=7", "methods.0.until=null")
+    result = train(recipe, tmp_path / "run", progress=False)
+    files = {"recipe.yaml", "metrics.jsonl", "updates.jsonl", "checkpoint.safetensors", "summary.json"}
+    assert {file.name for file in (tmp_path / "run").iterdir()} == files
+    assert recipe_of(tmp_path / "run").model_dump() == recipe.model_dump()
+
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert metrics == result.history
+    assert [each["epoch"] for each in metrics] == [1, 2, 3, 4]
+    assert [each["step"] for each in metrics] == [21, 42, 63, 84]
+    expected = {"train_loss", "train_accuracy", "validation_loss", "validation_accuracy", "sparsity", "lr", "seconds"}
+    assert metrics[0].keys() == {"epoch", "step"} | expected
+
+    updates = lines(tmp_path / "run" / "updates.jsonl")
+    assert [each["step"] for each in updates] == list(range(7, 85, 7))
+    assert [each["epoch"] for each in updates] == [math.ceil(each["step"] / 21) for each in updates]
+    budget = result.summary.totals["targets_active"]
+    for update in updates:
+        assert sum(row["active"] for row in update["rows"]) == budget
+        assert update["extras"]["threshold"] > 0
+
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["test_accuracy"] == result.test_accuracy
+    assert summary["summary"]["totals"] == result.summary.totals
+    state = load_tree(tmp_path / "run" / "checkpoint.safetensors")
+    assert equal(state["model"], dict(weights(result.model)))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("optimizer", ["{name: SGD, lr: 0.1, momentum: 0.9}", "{name: AdamW, lr: 0.01}"])
+def test_a_run_interrupted_three_times_ends_as_one_that_was_not(tmp_path, monkeypatch, method, optimizer):
+    recipe = small(
+        f"methods=[{METHODS[method]}]",
+        f"optimizer={optimizer}",
+        "schedule={type: cosine, warmup: 1}",
+        "data.augment={crop: 1}",
+        "clip_grad_norm=1.0",
+    )
+    whole = train(recipe, tmp_path / "whole", progress=False)
+    for step in (30, 5, 25):  # in epoch 2, again in epoch 2, in epoch 3
+        interrupted(monkeypatch, step, lambda: train(recipe, tmp_path / "parts", progress=False, resume=True))
+    parts = train(recipe, tmp_path / "parts", progress=False, resume=True)
+
+    assert equal(weights(whole.model), weights(parts.model))
+    files = [load_tree(tmp_path / name / "checkpoint.safetensors") for name in ("whole", "parts")]
+    assert equal(*files)
+    for name in ("metrics.jsonl", "updates.jsonl"):
+        assert lines(tmp_path / "whole" / name) == lines(tmp_path / "parts" / name)
+    assert (whole.test_accuracy, whole.test_loss, whole.summary) == (
+        parts.test_accuracy,
+        parts.test_loss,
+        parts.summary,
+    )
+    assert [each["epoch"] for each in parts.history] == [1, 2, 3, 4]
+
+
+def test_a_network_with_batch_norm_and_dropout_continues_to_the_bit(tmp_path, monkeypatch):
+    class Net(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Flatten(), nn.Linear(64, 20), nn.BatchNorm1d(20), nn.Dropout(0.5), nn.Linear(20, 10))
+
+    monkeypatch.setattr("gossamer.zoo.build", lambda name, **arguments: Net())
+    whole = train(small(), tmp_path / "whole", progress=False)
+    interrupted(monkeypatch, 50, lambda: train(small(), tmp_path / "parts", progress=False))
+    parts = train(small(), tmp_path / "parts", progress=False, resume=True)
+    assert equal(weights(whole.model), weights(parts.model))
+    assert [each["train_loss"] for each in whole.history] == [each["train_loss"] for each in parts.history]
+
+
+def test_lines_that_no_checkpoint_followed_are_taken_back(tmp_path, monkeypatch):
+    recipe = small("methods.0.every=7")
+    whole = train(recipe, tmp_path / "whole", progress=False)
+    ordinary, count = RunFolder.record, iter(range(10))
+
+    def record(self, metrics, updates, state):
+        if next(count) < 2:
+            return ordinary(self, metrics, updates, state)
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(metrics) + '\n{"epoch": 4, "st')
+        with open(self.path / "updates.jsonl", "a") as file:
+            file.writelines(json.dumps(each) + "\n" for each in updates)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "record", record)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path / "parts", progress=False)
+    train(recipe, tmp_path / "parts", progress=False, resume=True)
+    for name in ("metrics.jsonl", "updates.jsonl"):
+        assert lines(tmp_path / "whole" / name) == lines(tmp_path / "parts" / name)
+    assert whole.steps == 84
+
+
+def test_a_complete_run_is_not_trained_again(tmp_path, monkeypatch):
+    first = train(small(), tmp_path / "run", progress=False)
+    monkeypatch.setattr(Sparsity, "penalty", None)
+    again = train(small(), tmp_path / "run", progress=False, resume=True)
+    assert again == first
+    assert again.model is None
+
+
+def test_a_run_does_not_continue_under_another_recipe(tmp_path, monkeypatch):
+    interrupted(monkeypatch, 30, lambda: train(small(), tmp_path / "run", progress=False))
+    with pytest.raises(
+        StateError, match=r"^optimizer: the checkpoint was made with .*0\.1.* the recipe now has .*0\.5"
+    ):
+        train(small("optimizer.lr=0.5"), tmp_path / "run", progress=False, resume=True)
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path, monkeypatch):
+    interrupted(monkeypatch, 30, lambda: train(small(), tmp_path / "run", progress=False))
+    (tmp_path / "run" / "checkpoint.safetensors").write_bytes(b"broken")
+    with pytest.raises(StateError, match=r"run/checkpoint\.safetensors: missing, incomplete or damaged"):
+        train(small(), tmp_path / "run", progress=False, resume=True)
+
+
+def test_a_folder_in_use_is_not_written_into(tmp_path):
+    (tmp_path / "mine").write_text("my thesis")
+    for out in (tmp_path, tmp_path / "mine"):
+        with pytest.raises(ConfigurationError, match="there is something here already"):
+            train(small(), out, progress=False)
+    assert [file.name for file in tmp_path.iterdir()] == ["mine"]
+    assert (tmp_path / "mine").read_text() == "my thesis"
+
+
+def test_several_seeds_have_a_folder_each_and_a_mean_with_its_standard_error(tmp_path):
+    recipe = small("seeds=[4, 2, 9]", "epochs=1")
+    results = train_seeds(recipe, tmp_path / "run", progress=False)
+    assert [result.seed for result in results] == [4, 2, 9]
+    assert {file.name for file in (tmp_path / "run").iterdir()} == {
+        "recipe.yaml",
+        "summary.json",
+        "seed-4",
+        "seed-2",
+        "seed-9",
+    }
+    assert recipe_of(tmp_path / "run").seeds == [4, 2, 9]
+    assert recipe_of(tmp_path / "run" / "seed-2").seeds == [2]
+    single = train(small("epochs=1"), seed=2, progress=False)
+    assert results[1].test_accuracy == single.test_accuracy
+    accuracies = [result.test_accuracy for result in results]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["test_accuracy"]["mean"] == pytest.approx(statistics.mean(accuracies))
+    assert summary["test_accuracy"]["standard_error"] == pytest.approx(statistics.stdev(accuracies) / 3**0.5)
+
+
+def test_several_seeds_continue_where_they_were_interrupted(tmp_path, monkeypatch):
+    recipe = small("seeds=[0, 1, 2]", "epochs=2")
+    whole = train_seeds(recipe, tmp_path / "whole", progress=False)
+    interrupted(monkeypatch, 42 + 30, lambda: train_seeds(recipe, tmp_path / "parts", progress=False))
+    assert not (tmp_path / "parts" / "seed-2").exists()
+    parts = train_seeds(recipe_of(tmp_path / "parts"), tmp_path / "parts", progress=False, resume=True)
+    assert [each.test_loss for each in parts] == [each.test_loss for each in whole]
+    assert [each.summary for each in parts] == [each.summary for each in whole]
+
+
+def test_accumulated_micro_batches_make_one_step(monkeypatch):
+    # 1,293 images: 20 batches of 64 and one of 13; pairs of 32 end with 13 alone, which is a step of its own.
+    one, two = (
+        train(small(f"data.batch_size={size}", f"accumulate={parts}", "methods.0.every=7"), progress=False)
+        for size, parts in ((64, 1), (32, 2))
+    )
+    assert one.steps == two.steps == 84
+    assert [each["train_loss"] for each in one.history] == pytest.approx(
+        [each["train_loss"] for each in two.history], rel=1e-3
+    )
+
+
+def test_the_learning_rate_follows_the_schedule():
+    per_epoch = train(small("schedule={type: multistep, milestones: [2], gamma: 0.5, per: epoch}"), progress=False)
+    per_step = train(small("schedule={type: multistep, milestones: [2], gamma: 0.5}"), progress=False)
+    for result in (per_epoch, per_step):
+        assert [each["lr"] for each in result.history] == [0.1, 0.1, 0.05, 0.05]
+    assert equal(weights(per_epoch.model), weights(per_step.model))
+
+
+def test_gradients_are_clipped(monkeypatch):
+    free = train(small("optimizer={name: SGD, lr: 1.0}", "schedule={type: constant}", "epochs=1"), progress=False)
+    tiny = train(
+        small("optimizer={name: SGD, lr: 1.0}", "schedule={type: constant}", "epochs=1", "clip_grad_norm=1e-6"),
+        progress=False,
+    )
+    start = train(small("optimizer={name: SGD, lr: 0.0}", "epochs=1"), progress=False)
+    moved = [
+        sum(float((w - weights(start.model)[name]).abs().sum()) for name, w in weights(result.model).items())
+        for result in (free, tiny)
+    ]
+    assert moved[1] < 1e-3 < moved[0]
+
+
+def test_precisions_may_follow_each_other_in_one_process():
+    losses = [
+        train(small(f"precision={precision}", "epochs=1"), progress=False).history[0]["train_loss"]
+        for precision in ("fp32", "bf16", "fp32")
+    ]
+    assert losses[0] == losses[2] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def test_channels_last_gives_the_same_network():
+    changes = ("model={name: cifar_resnet, depth: 8, width: 0.5}", "epochs=1")
+    plain, last = (train(small(*changes, f"channels_last={flag}"), progress=False) for flag in ("false", "true"))
+    assert last.history[0]["train_loss"] == pytest.approx(plain.history[0]["train_loss"], rel=1e-2)
+    kernels = [w for w in weights(last.model).values() if w.dim() == 4 and w.shape[1] > 1 and w.shape[2] > 1]
+    assert kernels
+    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in kernels)
+
+
+def test_a_compiled_network_trains_the_same(monkeypatch):
+    graphs = 0
+    ordinary = torch.compile
+
+    def backend(graph, inputs):
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda model: ordinary(model, backend=backend))
+    eager, compiled = (
+        train(small(f"compile={flag}", "methods.0.every=7"), progress=False) for flag in ("false", "true")
+    )
+    assert 1 <= graphs <= 6  # training and evaluation, with full and last batches
+    assert equal(weights(eager.model), weights(compiled.model))
+
+
+def test_a_run_that_diverges_stops_and_keeps_its_last_good_epoch(tmp_path):
+    recipe = small("optimizer={name: SGD, lr: 1.0e+30}", "schedule={type: cosine}", "methods=[]")
+    with pytest.raises(
+        NonFiniteError, match=r"^epoch 1: the training loss is (nan|inf).* lower optimizer\.lr .*1e\+30"
+    ):
+        train(recipe, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("methods.0.targets=layer9*", "methods.0.targets: .*'layer9\\*' matches no weight"),
+        ("data.name=digit", "data.name: .*did you mean 'digits'"),
+        ("data.validation=1500", "data.validation: .*1500"),
+        ("model.name=mnist_mpl", "model.name: .*did you mean"),
+        ("model.depth=3", "model.depth: .*no argument 'depth'"),
+        ("model={name: mnist_mlp, in_features: 65}", "model.name: mnist_mlp cannot take images of shape"),
+        ("model.classes=11", "model.classes: mnist_mlp gives \\(1, 11\\) .*digits has 10 classes"),
+        ("optimizer={name: Muon, lr: 0.1}", "optimizer: Muon: .*2D"),
+        ("methods=[{type: set, sparsity: 0.9}, {type: set, sparsity: 0.5}]", "methods: .*belongs to both"),
+    ],
+)
+def test_what_only_shows_with_data_and_network_is_refused_before_anything_is_written(tmp_path, override, said):
+    with pytest.raises(ConfigurationError, match="^command line .*: " + said):
+        train(small(override), tmp_path / "run", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_augmentation_changes_what_is_trained_on_but_not_what_is_validated_on():
+    plain, flipped = (
+        train(small("optimizer.lr=0.0", f"data.augment={augment}", "epochs=1"), progress=False).history[0]
+        for augment in ("null", "{flip: true}")
+    )
+    assert plain["train_loss"] != flipped["train_loss"]
+    assert plain["validation_loss"] == flipped["validation_loss"]
