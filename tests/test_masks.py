@@ -205,6 +205,14 @@ def test_neighbouring_numbers_are_told_apart(dtype):
         assert sorted(shuffled[chosen].tolist()) == list(range(18 - count, 18))
 
 
+def test_scores_of_several_types_are_ranked_without_rounding():
+    tiny = 2.0**-40
+    scores = [torch.tensor([1.0], dtype=torch.bfloat16), torch.tensor([1 - tiny, 1.0, 1 + tiny], dtype=torch.float64)]
+    for count in range(5):
+        chosen = largest(vectors(1, 3), [score.clone() for score in scores], count)
+        assert chosen_globally(scores, chosen) == set([3, 0, 2, 1][:count])
+
+
 def test_all_scores_equal_are_taken_from_the_first_tensor_on():
     chosen = largest(vectors(3, 4, 5), [torch.zeros(3), -torch.zeros(4), torch.zeros(5)], 5)
     assert [sorted(index.tolist()) for index in chosen] == [[0, 1, 2], [0, 1], []]
