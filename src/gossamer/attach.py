@@ -7,17 +7,19 @@ module with the same keys.
 from __future__ import annotations
 
 import copy
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn, optim
 from torch.distributed.tensor import DTensor
 
 from gossamer import guard, optimizers, state
 from gossamer.errors import ConfigurationError, OrderError
 from gossamer.hooks import StepHooks
-from gossamer.masks import enforce, rows_like
+from gossamer.masks import enforce, pack, rows_like
 from gossamer.method import Masks, MaskUpdate, Method
 from gossamer.summary import Summary, summarize
 from gossamer.targets import closest, local, plain_name
@@ -100,8 +102,11 @@ class Sparsity:
             optimizer: An optimizer, or a list of them in the order in which they step: steps of the first are counted.
                 Wrappers with an `.optimizer` are looked through.
 
+        Where processes work together and first masks were made from weights, this is a collective call: it makes sure
+        that all ranks made the same.
+
         Raises:
-            ConfigurationError: An optimizer masks cannot work with.
+            ConfigurationError: An optimizer or a sharding that masks cannot work with, or masks that differ over ranks.
             OrderError: A masked weight is in none of the optimizers.
         """
         self._require_attached()
@@ -111,8 +116,10 @@ class Sparsity:
         if added and any("initial_lr" in group for group in found[0].param_groups):
             raise OrderError(f"a scheduler was made before learned parameters could be added; {guard.ORDER}")
         with torch.no_grad():
-            for tensor in self._hooks.tensors():
-                tensor.follow_sharding()
+            _check_first_masks(self.methods)
+            tensors = self._hooks.tensors()
+            for tensor, (group, first) in zip(tensors, [tensor.sharding() for tensor in tensors], strict=True):
+                tensor.follow_sharding(group, first)
         if added:
             found[0].add_param_group({"params": added, "weight_decay": 0.0})
         self._hooks.follow(found)
@@ -355,6 +362,23 @@ def _check_follow(methods: Sequence[Method], optimizer: object) -> list[optim.Op
                     f"model may replace its parameters); {guard.ORDER}"
                 )
     return found
+
+
+def _check_first_masks(methods: Sequence[Method]) -> None:
+    """Raise on every rank where masks that come from weights differ, because ranks made different first weights."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    for method in methods:
+        for tensor in method.tensors if method.masks_from_weights else ():
+            if tensor.process_group is None:
+                own = zlib.crc32(pack(tensor.mask).cpu().numpy().tobytes())
+                extremes = torch.tensor([own, -own], device=local(tensor.parameter).device)
+                dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+                if extremes[0] != -extremes[1]:
+                    raise ConfigurationError(
+                        f"{tensor.name}: its first mask comes from its weights, and those differ over ranks; seed all "
+                        "ranks alike before the model is made, or load the same weights everywhere"
+                    )
 
 
 def _drop_parameters(optimizer: optim.Optimizer, gone: set[int]) -> None:

@@ -18,8 +18,12 @@ ORDER = (
     "sparsity.follow(optimizer) -> make the scheduler -> load state"
 )
 
-MARK = "gossamer_follows"
-"""An entry of `optimizer.defaults`: copies and pickles of an optimizer keep it, and lose the hooks."""
+
+class FollowedDefaults(dict[str, Any]):
+    """What `optimizer.defaults` is while masks follow an optimizer: its copies and pickles keep it, and lose the hooks.
+
+    Its items are those it had, so that nothing of ours gets into parameter groups or another optimizer's arguments.
+    """
 
 
 class Keeper(Protocol):
@@ -71,7 +75,7 @@ def _refuse_unfollowed(optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs
     held: set[int] = {id(each) for each in optimizers.parameters(optimizer) if isinstance(each, Tensor)}
     if found := _masked(held, [keeper for keeper in _live if keeper not in following]):
         raise OrderError(f"{found}: has a mask, but no sparsity.follow(optimizer) was called; {ORDER}")
-    if optimizer.defaults.get(MARK) and not following:
+    if isinstance(optimizer.defaults, FollowedDefaults) and not following:
         raise OrderError(
             "this optimizer is a copy of one that kept masks in force, made without the Sparsity handle, and would "
             "train pruned weights; copy or pickle (model, optimizer, sparsity) together, or call "

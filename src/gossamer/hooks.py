@@ -62,7 +62,7 @@ class StepHooks:
             self._owned.append([tensor for tensor in self.tensors() if id(tensor.parameter) in held])
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
-            optimizer.defaults[guard.MARK] = True
+            optimizer.defaults = guard.FollowedDefaults(optimizer.defaults)
         self.attached = True
         guard.watch(self)
 
@@ -71,8 +71,7 @@ class StepHooks:
         for handle in self._handles:
             handle.remove()
         for optimizer in self.optimizers:
-            for options in (optimizer.defaults, *optimizer.param_groups):  # groups added since took over the defaults
-                options.pop(guard.MARK, None)
+            optimizer.defaults = dict(optimizer.defaults)
         self.optimizers, self._handles, self._owned = [], [], []
         self._left_out.clear()
         self.attached = False

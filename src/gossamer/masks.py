@@ -93,47 +93,53 @@ class MaskedTensor:
         self.active = active_groups * self.structure.size
         return grown
 
-    def follow_sharding(self) -> None:
-        """Keep of the mask what belongs to this rank, in the layout and on the device of the weight as it is now.
+    def sharding(self) -> tuple[dist.ProcessGroup | None, int]:
+        """How the weight is sharded now: the ranks that share it (None where it is whole) and this rank's first group.
 
         Raises:
-            ConfigurationError: The weight is sharded in a way that splits groups, or over several mesh dimensions.
+            ConfigurationError: The weight is sharded in a way that splits groups, or over several mesh dimensions; on
+                every rank alike.
         """
         parameter = self.parameter
         if tuple(parameter.shape) != self.shape:
             raise ConfigurationError(
                 f"{self.name}: had shape {self.shape} when it was attached and has {tuple(parameter.shape)} now"
             )
-        weight = local(parameter)
-        mask = self.mask
-        if isinstance(parameter, DTensor) and self.process_group is None:
-            mesh, placements = parameter.device_mesh, parameter.placements
-            sharded = [dim for dim, placement in enumerate(placements) if placement.is_shard()]
-            mask = rows_like(mask, parameter)
-            if sharded:
-                placement = placements[sharded[0]]
-                if len(sharded) > 1 or type(placement) is not Shard or placement.dim != 0:
-                    raise ConfigurationError(
-                        f"{self.name}: is sharded as {placements}; masks follow weights that are sharded once, "
-                        "along dimension 0, as `fully_shard` does"
-                    )
-                self.process_group = mesh.get_group(sharded[0])
-                first_row = self._first_row(weight.shape[0])
-                multiple = self.structure.row_multiple(self.input_dim)
-                if first_row % multiple or weight.shape[0] % multiple:
-                    raise ConfigurationError(
-                        f"{self.name}: structure {self.structure} needs shards of a multiple of {multiple} rows, "
-                        f"this rank holds rows {first_row} to {first_row + weight.shape[0]} of {self.shape[0]}"
-                    )
-                self.first_group = first_row * self.groups // self.shape[0]
-        self.mask = torch.empty_like(weight, dtype=torch.int8).copy_(mask)
+        if not isinstance(parameter, DTensor):
+            return None, 0
+        placements = parameter.placements
+        sharded = [dim for dim, placement in enumerate(placements) if placement.is_shard()]
+        if not sharded:
+            return None, 0
+        placement = placements[sharded[0]]
+        if len(sharded) > 1 or type(placement) is not Shard or placement.dim != 0:
+            raise ConfigurationError(
+                f"{self.name}: is sharded as {placements}; masks follow weights that are sharded once, along "
+                "dimension 0, as `fully_shard` does"
+            )
+        group = parameter.device_mesh.get_group(sharded[0])
+        rank = dist.get_rank(group)
+        rows = torch.zeros(dist.get_world_size(group), dtype=torch.int64)
+        rows[rank] = len(local(parameter))
+        rows = _all_reduce(rows, group, local(parameter).device)
+        multiple = self.structure.row_multiple(self.input_dim)
+        if (rows % multiple).any():
+            raise ConfigurationError(
+                f"{self.name}: structure {self.structure} needs shards of a multiple of {multiple} rows, but the ranks "
+                f"hold {rows.tolist()} of its {self.shape[0]} rows; shard over fewer ranks, or exclude this weight"
+            )
+        return group, int(rows[:rank].sum()) * self.groups // self.shape[0]
 
-    def _first_row(self, rows: int) -> int:
-        counts = torch.zeros(dist.get_world_size(self.process_group), dtype=torch.int64)
-        rank = dist.get_rank(self.process_group)
-        counts[rank] = rows
-        counts = _all_reduce(counts, self.process_group, self.mask.device)
-        return int(counts[:rank].sum())
+    def follow_sharding(self, process_group: dist.ProcessGroup | None, first_group: int) -> None:
+        """Keep of the mask what belongs to this rank, in the layout and on the device of the weight as it is now.
+
+        Args:
+            process_group: As `sharding` found it.
+            first_group: Likewise.
+        """
+        mask = self.mask if self.process_group is not None else rows_like(self.mask, self.parameter)
+        self.process_group, self.first_group = process_group, first_group
+        self.mask = torch.empty_like(local(self.parameter), dtype=torch.int8).copy_(mask)
 
     def distribute(self, part: Tensor) -> Tensor:
         """A tensor of this rank's rows as a DTensor sharded as the weight is, or as it is where nothing is sharded."""
@@ -166,7 +172,7 @@ def enforce(tensor: Tensor, mask: Tensor) -> None:
         return
     # On the CPU torch first widens the whole mask into a new tensor; in parts that stay in the cache it costs half.
     rows = max(1, _CHUNK * len(bits) // bits.numel())
-    for part, kept in zip(bits.split(rows), mask.split(rows), strict=True):
+    for part, kept in zip(torch.split(bits, rows), torch.split(mask, rows), strict=True):
         part.bitwise_and_(kept)
 
 

@@ -60,11 +60,13 @@ class Method(ABC):
     Attributes:
         name: The name in recipes, tables and saved states.
         tensors: The weights whose hard masks the engine enforces after every step; may be empty.
+        masks_from_weights: Whether the first masks depend on the weights, which ranks could have made differently.
         skip_step: Whether the optimizer's step is left out where this method updates its masks.
     """
 
     name: ClassVar[str]
     tensors: Sequence[MaskedTensor] = ()
+    masks_from_weights: bool = False
     skip_step: bool = False
 
     def bind(self, model: nn.Module, masks: Masks) -> None:

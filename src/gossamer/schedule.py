@@ -61,6 +61,8 @@ class EpochPeriods(Schedule):
 
     def __post_init__(self) -> None:
         check_integer("steps_per_epoch", self.steps_per_epoch, at_least=1)
+        if not isinstance(self.periods, Mapping):
+            raise ConfigurationError(f"periods: expected a mapping of epochs to steps, got {self.periods!r}")
         if 0 not in self.periods:
             raise ConfigurationError(f"periods: must say the period from epoch 0, got {dict(self.periods)}")
         for epoch, period in self.periods.items():

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gossamer.errors import ConfigurationError
@@ -40,26 +39,33 @@ class View:
 
     @property
     def gradient(self) -> Tensor:
-        """The gradient of the coming step, dense, accumulated and reduced over ranks; zero where there is none."""
+        """The gradient of the coming step, dense, accumulated and reduced over ranks.
+
+        Raises:
+            ConfigurationError: There is none.
+        """
         gradient = self._tensor.parameter.grad
-        return torch.zeros_like(self.weight) if gradient is None else self._take(gradient)
+        if gradient is None:
+            raise ConfigurationError(
+                f"{self.name}: has no gradient, which its score needs: it took no part in the last backward, or there "
+                "was none; leave it out of targets, or score by 'magnitude'"
+            )
+        return self._take(gradient)
 
     @property
     def momentum(self) -> Tensor:
-        """The optimizer's running mean of gradients (zero before its first step).
+        """The optimizer's running mean of gradients.
 
         Raises:
-            ConfigurationError: The optimizer keeps none.
+            ConfigurationError: The optimizer keeps none, or has made no step yet.
         """
         for key in ("exp_avg", "momentum_buffer"):
             if self._state.get(key) is not None:
                 return self._take(self._state[key])
-        if self._state:
-            raise ConfigurationError(
-                f"{self.name}: score 'momentum' needs an optimizer that keeps a running mean of gradients (SGD with "
-                f"momentum, Adam and its kin); the state of this one has {sorted(self._state)}"
-            )
-        return torch.zeros_like(self.weight)
+        raise ConfigurationError(
+            f"{self.name}: score 'momentum' needs an optimizer that keeps a running mean of gradients (SGD with "
+            f"momentum, Adam and its kin) and has made a step; the state here has {sorted(self._state) or 'nothing'}"
+        )
 
     def _take(self, tensor: Tensor) -> Tensor:
         part = local(tensor)

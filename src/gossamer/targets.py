@@ -70,12 +70,16 @@ def named_weights(model: nn.Module) -> Iterator[tuple[Target, list[nn.Module]]]:
     """Yield every parameter once, under its first name, with all modules that hold it (several where it is tied)."""
     owners: dict[int, list[nn.Module]] = {}
     first: dict[int, tuple[str, nn.Module, str]] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for prefix, module in modules.items():
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
                 name = plain_name(f"{prefix}.{attribute}" if prefix else attribute)
                 first.setdefault(id(parameter), (name, module, attribute))
-                owners.setdefault(id(parameter), []).append(module)
+                holders = owners.setdefault(id(parameter), [])
+                holders.append(module)
+                if isinstance(module, parametrize.ParametrizationList):
+                    holders.append(modules[prefix.rpartition(".parametrizations.")[0] or ""])
     for key, (name, module, attribute) in first.items():
         transposed = any(isinstance(owner, nn.modules.conv._ConvTransposeNd) for owner in owners[key])
         yield Target(name, module, attribute, 0 if transposed else 1), owners[key]
@@ -209,9 +213,10 @@ def _check(target: Target) -> None:
             f"{target.name}: is on the meta device and has no values; give the model memory "
             "(`model.to_empty(device=...)`) and initialise it first"
         )
-    if isinstance(target.owner, parametrize.ParametrizationList) or hasattr(
-        target.owner, f"{target.attribute.removesuffix('_orig')}_mask"
-    ):
+    base = target.attribute.removesuffix("_orig")
+    weight_norm = base[-2:] in ("_g", "_v") and {f"{base[:-2]}_g", f"{base[:-2]}_v"} <= target.owner._parameters.keys()
+    parametrized = isinstance(target.owner, parametrize.ParametrizationList)
+    if parametrized or weight_norm or hasattr(target.owner, f"{base}_mask"):
         raise ConfigurationError(
             f"{target.name}: this weight is computed from others by a parametrization or by torch.nn.utils.prune; "
             "remove that first (`parametrize.remove_parametrizations`, `gossamer.import_torch_masks`)"

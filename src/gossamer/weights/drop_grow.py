@@ -61,6 +61,9 @@ class DropGrow(MaskMethod):
         kept = self._alive()
         active = self._active()
         drops = [int(fraction * count) for count in active]
+        if self.grow_score == "gradient":
+            # A layer that took no part in this step (a branch, an expert) has nothing to grow by and keeps its mask.
+            drops = [d if t.parameter.grad is not None else 0 for d, t in zip(drops, self.tensors, strict=True)]
         if not self.regrow_dropped:
             rooms = [tensor.groups - count for tensor, count in zip(self.tensors, active, strict=True)]
             drops = [min(drop, room) for drop, room in zip(drops, rooms, strict=True)]
@@ -100,7 +103,12 @@ class DropGrow(MaskMethod):
         scores: list[Tensor] | None = None
         if self.grow_score is not None:
             grow = as_score(self.grow_score)
-            scores = [group_scores(tensor, grow, state(tensor), self.p) for tensor in self.tensors]
+            scores = [
+                group_scores(tensor, grow, state(tensor), self.p)
+                if count
+                else torch.zeros(len(alive), device=alive.device)
+                for tensor, alive, count in zip(self.tensors, kept, counts, strict=True)
+            ]
         if self.tensors[0].structure.cell is not None:
             for i, alive in enumerate(kept):
                 last = dropped[i][:0] if self.regrow_dropped else dropped[i]

@@ -71,6 +71,7 @@ class GMP(MaskMethod):
         masks = given or [(tensor.alive(), tensor.groups) for tensor in self.tensors]
         self._to = self._counts(self.sparsity)
         if given is None and self.initial_sparsity:
+            self.masks_from_weights = True
             alive = [each for each, _ in masks]
             counts = self._counts(self.initial_sparsity)
             active = prune_to(self.tensors, alive, self._active(), counts, as_score(self.score), lambda _: {}, self.p)

@@ -70,6 +70,7 @@ class MaskMethod(Method):
             self.tensors = [MaskedTensor(target, structure) for target in select(model, self.targets)]
             self.generator = torch.Generator().manual_seed(self.seed)
             self.all_parameters = parameter_count(model)
+            self.masks_from_weights = isinstance(masks, str)
             given = None if masks is None else [self._given(tensor, masks) for tensor in self.tensors]
             self._first = self._start(given)
             self.budget = sum(self._conserved([active for _, active in self._first]))

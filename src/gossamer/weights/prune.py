@@ -9,7 +9,7 @@ from torch.nn.utils import prune as torch_prune
 from gossamer.distribution import Distribution
 from gossamer.errors import ConfigurationError
 from gossamer.masks import enforce
-from gossamer.scores import Score, as_score, gradient, momentum, movement
+from gossamer.scores import Score
 from gossamer.structure import Structure
 from gossamer.summary import Summary, summarize
 from gossamer.targets import Selection, plain_name
@@ -62,17 +62,6 @@ def prune(
         p=p,
     )
     method.bind(model, None)
-    needs = as_score(score)
-    if needs is momentum:
-        raise ConfigurationError(
-            "score 'momentum' needs an optimizer: attach gossamer.GMP(..., score='momentum') instead"
-        )
-    for tensor in method.tensors:
-        if needs in (gradient, movement) and tensor.parameter.grad is None:
-            raise ConfigurationError(
-                f"{tensor.name}: score {needs.__name__!r} needs a gradient and there is none; run a forward and a "
-                "backward first"
-            )
     for tensor, alive, active in method.update(method.end, lambda _: {}).changes:
         tensor.set_alive(alive, active)
     return summarize(model, [method])
