@@ -442,13 +442,23 @@ def test_gradients_set_to_none_and_frozen_layers_do_not_disturb() -> None:
 
 
 def test_parameters_added_to_the_optimizer_later_are_trained_and_leave_no_trace() -> None:
-    run = start(gs.SET(0.75, every=2), optimizer="adamw").train(2)
+    run = start(gs.SET(0.75, every=2), optimizer="sgd-momentum").train(2)
     extra = nn.Parameter(torch.ones(3))
     run.optimizers[0].add_param_group({"params": [extra]})
     run.train(range(2, 4))
     run.sparsity.finalize()
-    assert not [key for group in run.optimizers[0].param_groups for key in group if "gossamer" in key]
-    assert not [key for key in run.optimizers[0].defaults if "gossamer" in key]
+    options = {"params", *optim.SGD([nn.Parameter(torch.ones(1))]).defaults}
+    assert [set(group) for group in run.optimizers[0].param_groups] == [options, options]
+    assert type(run.optimizers[0].defaults) is dict
+
+
+def test_the_defaults_of_a_followed_optimizer_can_make_another_one() -> None:
+    run = start(gs.SET(0.75), optimizer="sgd-momentum").train(1)
+    other = TinyNet()
+    twin = type(run.optimizers[0])(other.parameters(), **run.optimizers[0].defaults)
+    backward(other, 0)
+    twin.step()
+    assert twin.defaults == run.optimizers[0].defaults
 
 
 def test_masks_are_right_for_every_weight_after_moves_of_memory_and_dtype() -> None:
