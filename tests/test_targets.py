@@ -237,6 +237,11 @@ def weight_normed():
     return nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
 
 
+def old_weight_normed():
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        return nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 4)))
+
+
 def torch_pruned():
     model = nn.Sequential(nn.Linear(4, 4))
     torch_prune.l1_unstructured(model[0], "weight", 0.5)
@@ -278,6 +283,12 @@ def torch_pruned():
             "0.parametrizations.weight.original1",
             "original1: this weight is computed from others by a parametrization.*remove_parametrizations",
         ),
+        (
+            weight_normed,
+            None,
+            r"0.parametrizations.weight.original0: this weight is computed from others by a parametriz",
+        ),
+        (old_weight_normed, None, "0.weight_g: this weight is computed from others"),
         (torch_pruned, None, "0.weight_orig: this weight is computed from others.*gossamer.import_torch_masks"),
     ],
 )

@@ -82,6 +82,13 @@ def assert_same_masks(both, one):
         assert rank["totals"] == one["totals"]
 
 
+def assert_same_weights(both, one):
+    for key, weight in one["weights"].items():
+        assert both[0]["weights"][key].equal(both[1]["weights"][key])
+        torch.testing.assert_close(both[0]["weights"][key], weight, rtol=1e-8, atol=1e-11)
+        assert both[0]["weights"][key].eq(0).equal(weight.eq(0))
+
+
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("name", NAMES)
 def test_training_gives_the_masks_of_one_process(results, wrapper, name):
@@ -89,10 +96,7 @@ def test_training_gives_the_masks_of_one_process(results, wrapper, name):
     one = alone("train", name, lambda: run(name, "plain").train())
     assert len(one["masks"]) == UPDATES == 20
     assert_same_masks(both, one)
-    for key, weight in one["weights"].items():
-        assert both[0]["weights"][key].equal(both[1]["weights"][key])
-        torch.testing.assert_close(both[0]["weights"][key], weight, rtol=1e-9, atol=1e-12)
-        assert both[0]["weights"][key].eq(0).equal(weight.eq(0))
+    assert_same_weights(both, one)
 
 
 @pytest.mark.parametrize("name", CHANGING)
@@ -115,6 +119,7 @@ def test_variation_gives_the_masks_of_one_process(results, wrapper, name):
     one = alone("train", name, lambda: variation(name, "plain").train())
     both = results[f"train {wrapper} {name}"]
     assert_same_masks(both, one)
+    assert_same_weights(both, one)
     for rank in both:
         assert rank["norms"] == pytest.approx(one["norms"], rel=1e-9)
     assert (one["norms"] != []) == (name == "clipped")

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 import gossamer as gs
 
 from . import ranks
-from .training import Run, Uneven, like, names, whole
+from .training import Run, Uneven, like, names, whole, wrap
 
 ROWS, COLUMNS = 1024, 1024
 TRAFFIC = {
@@ -182,11 +182,11 @@ SHARDINGS = {
     ),
     "blocks over two ranks": (
         lambda: follow_sharded(nn.Linear(8, 12), gs.SET(0.5, structure="block:4x1")),
-        "ConfigurationError: weight: structure block:4x1 needs shards of a multiple of 4 rows, this rank holds rows ",
+        "ConfigurationError: weight: structure block:4x1 needs shards of a multiple of 4 rows, but the ranks hold [",
     ),
     "cells over two ranks": (
         lambda: follow_sharded(nn.ConvTranspose2d(4, 8, 2), gs.SET(structure="2:4")),
-        "ConfigurationError: weight: structure 2:4 needs shards of a multiple of 4 rows, this rank holds rows ",
+        "ConfigurationError: weight: structure 2:4 needs shards of a multiple of 4 rows, but the ranks hold [",
     ),
     "cells along whole rows": (lambda: follow_sharded(nn.Conv2d(4, 3, 2), gs.SET(structure="2:4")), "none"),
     "blocks within each rank": (
@@ -209,38 +209,46 @@ def test_sharding_that_would_split_groups_is_refused(results, name):
 # -- one mask on all ranks ------------------------------------------------------------------------------------------
 
 
+def zeros_of_this_rank(wrapper):
+    torch.manual_seed(torch.distributed.get_rank())
+    model = Uneven()
+    gs.prune(model, 0.5)
+    sparsity = gs.attach(model, gs.SET(), masks="zeros")
+    sparsity.follow(sgd(wrap(model, wrapper)))
+
+
+FROM_WEIGHTS = {
+    "by score": lambda wrapper: Run(
+        gs.GMP(0.8, end=4, initial_sparsity=0.5), wrapper, seed=torch.distributed.get_rank()
+    ),
+    "global": lambda wrapper: Run(
+        gs.GMP(0.8, end=4, initial_sparsity=0.5, distribution="global"), wrapper, seed=torch.distributed.get_rank()
+    ),
+    "zeros": zeros_of_this_rank,
+}
+
+
 def different_first_weights(wrapper):
     """Each rank makes a model of its own; DDP then gives all ranks the weights of the first."""
-    methods = {
-        "random": gs.SET(0.7, every=1),
-        "by score": gs.GMP(0.8, end=4, every=1, initial_sparsity=0.5),
-        "global": gs.GMP(0.8, end=4, every=1, initial_sparsity=0.5, distribution="global"),
-    }
-    found = {}
-    for name, method in methods.items():
-        part = Run(method, wrapper, seed=torch.distributed.get_rank())
-        start = torch.cat([whole(mask).flatten() for mask in part.sparsity.masks().values()])
-        part.train(0, 4)
-        found[name] = {"start": start, "masks": part.masks(), "totals": part.sparsity.summary().totals}
-        found[name]["active"] = sum(int((part.weights()[key] != 0).sum()) for key in part.sparsity.masks())
+    part = Run(gs.SET(0.7, every=1), wrapper, seed=torch.distributed.get_rank()).train(0, 4)
+    found = {"masks": part.masks(), "totals": part.sparsity.summary().totals}
+    found["errors"] = {name: ranks.error_of(lambda m=make: m(wrapper)) for name, make in FROM_WEIGHTS.items()}
     return found
 
 
-# First masks by score come from the weights of the rank that attaches; nothing yet compares them over ranks.
-by_score = pytest.mark.xfail(strict=True, reason="first masks by score differ where first weights do")
-
-
-@pytest.mark.parametrize(
-    "name", ["random", pytest.param("by score", marks=by_score), pytest.param("global", marks=by_score)]
-)
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
-def test_masks_are_equal_where_each_rank_made_other_first_weights(results, wrapper, name):
-    first, second = (rank[name] for rank in results[f"different first weights {wrapper}"])
-    assert first["start"].equal(second["start"])
+def test_random_masks_are_equal_where_each_rank_made_other_first_weights(results, wrapper):
+    first, second = results[f"different first weights {wrapper}"]
     assert first["masks"].equal(second["masks"])
-    assert first["masks"][-1].sum() == first["totals"]["targets_active"]
+    assert first["masks"].sum(1).tolist() == [int(384 * 0.3)] * 4
     assert first["totals"] == second["totals"]
-    assert first["active"] <= first["totals"]["targets_active"]
+
+
+@pytest.mark.parametrize("name", list(FROM_WEIGHTS))
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
+def test_masks_that_come_from_weights_are_refused_where_ranks_made_others(results, wrapper, name):
+    for rank in results[f"different first weights {wrapper}"]:
+        assert rank["errors"][name].startswith("ConfigurationError: stem.weight: its first mask comes from its weights")
 
 
 def phases(_):
