@@ -45,9 +45,9 @@ def test_a_shipped_recipe_trains_from_a_shell_and_leaves_a_run_folder():
     assert (process.returncode, errors) == (0, "")
     lines = output.splitlines()
     number = r"\d+\.\d+"
-    epoch = rf"loss {number}  accuracy {number} %  validation {number} %  sparsity 90.0 %  {number} s"
-    assert re.fullmatch(rf"seed 0  epoch 1/2  {epoch}", lines[0])
-    assert re.fullmatch(rf"seed 0  epoch 2/2  {epoch}", lines[1])
+    epoch = rf"loss {number}  accuracy {number} %  sparsity 90.0 %  validation {number} %  {number} s"
+    assert re.fullmatch(rf"epoch 1/2  {epoch}", lines[0])
+    assert re.fullmatch(rf"epoch 2/2  {epoch}", lines[1])
     assert any("layer1.weight" in line and "90×64" in line for line in lines)
     summary = json.loads(Path("runs/digits-1/summary.json").read_text())
     assert re.search(rf"test accuracy +{100 * summary['test_accuracy']:.2f} %", output)
@@ -76,6 +76,7 @@ def test_seeds_are_named_or_counted(given, seeds):
     assert all(Path(f"runs/digits-1/seed-{seed}/summary.json").is_file() for seed in seeds)
     assert re.search(r"test accuracy +\d+\.\d+ ± \d+\.\d+ %", result.output)
     assert "(mean ± standard error)" in result.output
+    assert all(f"seed {seed}  epoch 1/2" in result.output for seed in seeds)
 
 
 RECIPE = """\
@@ -190,7 +191,7 @@ def test_ctrl_c_leaves_a_run_that_continues_to_the_same_end():
     arguments = ["epochs=100", "model.width=0.3"]
     process = start("train", "digits", *arguments, "--out", "parts", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
-    assert process.stdout.readline().startswith("seed 0  epoch 1/100")
+    assert process.stdout.readline().startswith("epoch 1/100")
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()
     assert process.returncode == 3
@@ -228,7 +229,7 @@ def test_a_terminal_gets_a_bar_with_loss_accuracy_and_sparsity():
     process = start("train", "digits", "epochs=400", stdout=slave, stderr=slave, stdin=slave)
     os.close(slave)
     shown, end = "", time.monotonic() + 120
-    wanted = re.compile(r"seed 0  epoch \d+/400 .*/16400 .*loss \d+\.\d+  accuracy \d+\.\d %  .*sparsity 90\.0 %")
+    wanted = re.compile(r"epoch \d+/400 .* \d:\d\d:\d\d loss \d+\.\d+  accuracy \d+\.\d %  .*sparsity 90\.0 %")
     while not wanted.search(plain := re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)) and time.monotonic() < end:
         if select.select([master], [], [], 1)[0]:
             shown += os.read(master, 65536).decode(errors="replace")

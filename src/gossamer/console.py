@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -44,23 +44,24 @@ class Display:
 class Lines(Display):
     """One line an epoch, for logs."""
 
-    def __init__(self, console: Console, seed: int, epochs: int) -> None:
-        self._console, self._seed, self._epochs = console, seed, epochs
+    def __init__(self, console: Console, label: str, epochs: int) -> None:
+        self._console, self._label, self._epochs = console, label, epochs
 
     def epoch(self, metrics: Mapping[str, Any]) -> None:
         """See `Display.epoch`."""
-        parts = [f"seed {self._seed}", f"epoch {metrics['epoch']}/{self._epochs}", _measures(metrics)]
+        parts = [f"{self._label}epoch {metrics['epoch']}/{self._epochs}", _measures(metrics)]
+        if metrics.get("validation_accuracy") is not None:
+            parts.append(f"validation {100 * metrics['validation_accuracy']:.1f} %")
         self._console.print("  ".join([*parts, f"{metrics['seconds']:.1f} s"]), highlight=False, soft_wrap=True)
 
 
 class Bar(Display):
     """A progress bar over the whole run."""
 
-    def __init__(self, console: Console, seed: int, epochs: int, steps: int, done: int) -> None:
+    def __init__(self, console: Console, label: str, epochs: int, steps: int, done: int) -> None:
         self._progress = Progress(
-            TextColumn(f"seed {seed}  epoch {{task.fields[epoch]}}/{epochs}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
+            TextColumn(f"{label}epoch {{task.fields[epoch]}}/{epochs}"),
+            BarColumn(bar_width=10),
             TimeRemainingColumn(),
             TextColumn("{task.fields[measures]}"),
             console=console,
@@ -97,11 +98,19 @@ def stdout_console() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=120)
 
 
-def display(console: Console | None, seed: int, epochs: int, steps: int, done: int) -> Display:
-    """Choose how to show a run of `steps` optimizer steps of which `done` are over; None shows nothing."""
+def display(console: Console | None, label: str, epochs: int, steps: int, done: int) -> Display:
+    """Choose how to show a run.
+
+    Args:
+        console: Where; None for nowhere.
+        label: What to begin with, where several runs follow each other.
+        epochs: Epochs of the run.
+        steps: Optimizer steps of the run.
+        done: Steps already taken.
+    """
     if console is None:
         return Display()
-    return Bar(console, seed, epochs, steps, done) if console.is_terminal else Lines(console, seed, epochs)
+    return Bar(console, label, epochs, steps, done) if console.is_terminal else Lines(console, label, epochs)
 
 
 def print_results(console: Console, results: Sequence[Result]) -> None:
@@ -149,7 +158,5 @@ def _sparsity_table(results: Sequence[Result]) -> Table:
 
 
 def _measures(metrics: Mapping[str, Any]) -> str:
-    parts = [f"loss {metrics['train_loss']:.3f}", f"accuracy {100 * metrics['train_accuracy']:.1f} %"]
-    if metrics.get("validation_accuracy") is not None:
-        parts.append(f"validation {100 * metrics['validation_accuracy']:.1f} %")
-    return "  ".join([*parts, f"sparsity {100 * metrics['sparsity']:.1f} %"])
+    accuracy, sparsity = 100 * metrics["train_accuracy"], 100 * metrics["sparsity"]
+    return f"loss {metrics['train_loss']:.3f}  accuracy {accuracy:.1f} %  sparsity {sparsity:.1f} %"
