@@ -236,6 +236,20 @@ def test_lines_that_no_checkpoint_followed_are_taken_back(tmp_path, monkeypatch)
     assert whole.steps == 84
 
 
+def test_a_run_interrupted_after_its_last_epoch_only_needs_its_test(tmp_path, monkeypatch):
+    def finish(self: RunFolder, summary: object) -> None:
+        raise KeyboardInterrupt
+
+    whole = train(small(), progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "finish", finish)
+        with pytest.raises(KeyboardInterrupt):
+            train(small(), tmp_path / "run", progress=False)
+    again = train(small(), tmp_path / "run", progress=False, resume=True)
+    assert (again.test_loss, again.test_accuracy, again.steps) == (whole.test_loss, whole.test_accuracy, whole.steps)
+    assert (tmp_path / "run" / "summary.json").is_file()
+
+
 def test_a_complete_run_is_not_trained_again(tmp_path, monkeypatch):
     first = train(small(), tmp_path / "run", progress=False)
     monkeypatch.setattr(Sparsity, "penalty", None)
@@ -405,3 +419,14 @@ def test_augmentation_changes_what_is_trained_on_but_not_what_is_validated_on():
     )
     assert plain["train_loss"] != flipped["train_loss"]
     assert plain["validation_loss"] == flipped["validation_loss"]
+
+
+def test_a_channels_last_network_in_half_precision_continues_to_the_bit(tmp_path, monkeypatch):
+    changes = ["model={name: cifar_resnet, depth: 8, width: 0.5}", "precision=bf16", "channels_last=true", "epochs=2"]
+    recipe = small(*changes, "data.augment={crop: 1, flip: true}", "methods.0.every=5", "accumulate=2")
+    whole = train(recipe, tmp_path / "whole", progress=False)
+    interrupted(monkeypatch, 30, lambda: train(recipe, tmp_path / "parts", progress=False))
+    parts = train(recipe, tmp_path / "parts", progress=False, resume=True)
+    assert equal(weights(whole.model), weights(parts.model))
+    strides = [[w.stride() for w in weights(run.model).values()] for run in (whole, parts)]
+    assert strides[0] == strides[1]
