@@ -5,15 +5,8 @@ import torch
 import yaml
 
 from gossamer.errors import ConfigurationError
-from gossamer.recipe import (
-    OPTIMIZERS,
-    CosineSchedule,
-    MultiStepSchedule,
-    Recipe,
-    load_recipe,
-    parse_recipe,
-    shipped,
-)
+from gossamer.learning_rate import CosineSchedule, MultiStepSchedule
+from gossamer.recipe import OPTIMIZERS, Recipe, load_recipe, parse_recipe, shipped
 from gossamer.schedule import EpochPeriods
 from gossamer.weights import DSR, GMP, METHODS, RigL
 

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from torch import nn, optim
 
 from gossamer.errors import ConfigurationError
+from gossamer.learning_rate import ConstantSchedule, ScheduleRecipe
 from gossamer.method import Method
 from gossamer.optimizers import REFUSED
 from gossamer.schedule import EpochPeriods
+from gossamer.section import Named, Section, describe, key_in, refuse, refuse_other_kind, refuse_unknown
 from gossamer.source import Source
 from gossamer.targets import closest
 from gossamer.weights import METHODS
@@ -38,30 +38,6 @@ STEPS = ("begin", "end", "every", "until")
 _MANY = 10**9  # optimizer steps of a run of unknown length
 
 _STEP_TEXT = re.compile(r"\s*(\d+\.?\d*)\s*(%|epochs?)\s*")
-
-
-class Section(BaseModel):
-    """A mapping of a recipe; unknown keys, wrong types and numbers that are not finite are errors."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_keys(cls, given: Any) -> Any:
-        if isinstance(given, dict) and cls.model_config.get("extra") == "forbid":
-            _refuse_unknown(given, cls.model_fields)
-        return given
-
-
-class Named(Section):
-    """A choice by name, with the arguments of what it names beside it."""
-
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """All keys but the name."""
-        return dict(self.model_extra or {})
 
 
 class AugmentRecipe(Section):
@@ -101,76 +77,22 @@ class OptimizerRecipe(Named):
         if self.name not in OPTIMIZERS:
             refused = {cls.__name__: why for cls, why in REFUSED.items()}
             reason = f" ({refused[self.name]})" if self.name in refused else closest(self.name, OPTIMIZERS)
-            _refuse("name", f"no optimizer {self.name!r}{reason}; allowed are {', '.join(sorted(OPTIMIZERS))}")
+            refuse("name", f"no optimizer {self.name!r}{reason}; allowed are {', '.join(sorted(OPTIMIZERS))}")
         known = inspect.signature(OPTIMIZERS[self.name]).parameters
-        _refuse_unknown(self.arguments, [key for key in known if key != "params"])
+        refuse_unknown(self.arguments, [key for key in known if key != "params"])
         for key, value in self.arguments.items():
-            _refuse_other_kind(key, value, known[key].default)
+            refuse_other_kind(key, value, known[key].default)
         try:
             self.build([nn.Parameter(torch.zeros(1, 1))])
         except (TypeError, ValueError, RuntimeError) as error:
             reason = str(error).replace("learning rate", "lr")
-            _refuse(_key_in(reason, self.arguments), f"{self.name}: {reason}")
+            refuse(key_in(reason, self.arguments), f"{self.name}: {reason}")
         return self
 
     def build(self, parameters: Iterable[nn.Parameter]) -> optim.Optimizer:
         """Make the optimizer; its own errors come as they are."""
         arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in self.arguments.items()}
         return OPTIMIZERS[self.name](parameters, **arguments)
-
-
-class _Schedule(Section):
-    """A learning rate over the run, as a factor of the optimizer's.
-
-    The factor is set before every optimizer step or before every epoch (`per`). During the first `warmup` epochs it
-    rises in equal steps to its full value, which the first step after them is the last to reach.
-    """
-
-    warmup: Annotated[float, Field(ge=0)] = 0.0
-    per: Literal["step", "epoch"] = "step"
-
-    def factor(self, count: int, units: int, epochs: int) -> float:
-        """The factor before unit `count` (from 0), where an epoch has `units` of them: its steps, or 1."""
-        warmup = self.warmup * units
-        rise = min((count + 1) / warmup, 1.0) if warmup > 0 else 1.0
-        past = max(count - warmup, 0.0) / max(epochs * units - warmup, 1.0)
-        return rise * self.decay(count // units, min(past, 1.0))
-
-    def decay(self, epoch: int, past: float) -> float:
-        """The factor without warm-up, in epoch `epoch`, when the fraction `past` of the time after warm-up is over."""
-        return 1.0
-
-
-class ConstantSchedule(_Schedule):
-    """The optimizer's learning rate throughout."""
-
-    type: Literal["constant"] = "constant"
-
-
-class MultiStepSchedule(_Schedule):
-    """Multiplied by `gamma` at the beginning of each epoch in `milestones`."""
-
-    type: Literal["multistep"]
-    milestones: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]
-    gamma: Annotated[float, Field(gt=0, lt=1)] = 0.1
-
-    def decay(self, epoch: int, past: float) -> float:
-        """See `_Schedule.decay`."""
-        return self.gamma ** sum(epoch >= milestone for milestone in self.milestones)
-
-
-class CosineSchedule(_Schedule):
-    """Half a cosine from 1 to `final`."""
-
-    type: Literal["cosine"]
-    final: Annotated[float, Field(ge=0, le=1)] = 0.0
-
-    def decay(self, epoch: int, past: float) -> float:
-        """See `_Schedule.decay`."""
-        return self.final + (1 - self.final) * (1 + math.cos(math.pi * past)) / 2
-
-
-ScheduleRecipe = Annotated[ConstantSchedule | MultiStepSchedule | CosineSchedule, Field(discriminator="type")]
 
 
 class MethodRecipe(Named):
@@ -181,19 +103,19 @@ class MethodRecipe(Named):
     @model_validator(mode="after")
     def _check(self) -> MethodRecipe:
         if self.type not in METHODS:
-            _refuse("type", f"no method {self.type!r}{closest(self.type, METHODS)}; allowed are {', '.join(METHODS)}")
+            refuse("type", f"no method {self.type!r}{closest(self.type, METHODS)}; allowed are {', '.join(METHODS)}")
         fields = {field.name: field for field in dataclasses.fields(METHODS[self.type]) if field.init}  # type: ignore[arg-type]
-        _refuse_unknown(self.arguments, fields)
+        refuse_unknown(self.arguments, fields)
         for name, field in fields.items():
             required = field.default is field.default_factory is dataclasses.MISSING
             if required and name not in self.arguments:
-                _refuse(None, f"{self.type} needs {name!r}; add it")
+                refuse(None, f"{self.type} needs {name!r}; add it")
         try:
             self.build(_MANY, _MANY // 1000, 0)
         except (ConfigurationError, TypeError, ValueError) as error:
-            key = _key_in(str(error), [*self.arguments, *STEPS])
+            key = key_in(str(error), [*self.arguments, *STEPS])
             if key not in STEPS:  # those can be judged when the length of the run is known
-                _refuse(key, str(error))
+                refuse(key, str(error))
         return self
 
     def build(self, steps: int, steps_per_epoch: int, seed: int) -> Method:
@@ -218,8 +140,8 @@ class Recipe(Section):
     optimizer: OptimizerRecipe
     schedule: ScheduleRecipe = Field(default_factory=ConstantSchedule)
     epochs: Annotated[int, Field(ge=1)]
-    methods: list[MethodRecipe] = []
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0]
+    methods: list[MethodRecipe] = Field(default_factory=list)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [0], min_length=1)
     precision: Literal["fp32", "bf16"] = "fp32"
     accumulate: Annotated[int, Field(ge=1)] = 1
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
@@ -233,7 +155,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _distinct_seeds(self) -> Recipe:
         if len(set(self.seeds)) < len(self.seeds):
-            _refuse("seeds", f"a seed is given twice in {self.seeds}; give each once")
+            refuse("seeds", f"a seed is given twice in {self.seeds}; give each once")
         return self
 
     @property
@@ -267,12 +189,12 @@ class Recipe(Section):
 
     def method_error(self, index: int, error: Exception) -> ConfigurationError:
         """An error about the method at `index`, placed at the argument that it names first."""
-        key = _key_in(str(error), self.methods[index].arguments)
+        key = key_in(str(error), self.methods[index].arguments)
         return self.error(("methods", index) if key is None else ("methods", index, key), error)
 
     def model_error(self, error: object) -> ConfigurationError:
         """An error about the network, placed at the argument that it names first, or at the name."""
-        return self.error(("model", _key_in(str(error), self.model.arguments) or "name"), error)
+        return self.error(("model", key_in(str(error), self.model.arguments) or "name"), error)
 
     def to_yaml(self) -> str:
         """The recipe with every value that counts, overrides and defaults included; reads back as the same recipe."""
@@ -322,43 +244,9 @@ def parse_recipe(name: str, text: str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         recipe = Recipe.model_validate(source.data)
     except ValidationError as error:
-        # An unknown key is often the cause of others that are missing, so it comes first.
-        first = min(error.errors(), key=lambda each: each["type"] != "unknown_key")
-        path = _path_of(first["loc"], source.data)
-        context = first.get("ctx", {})
-        if (key := context.get("key")) is not None:
-            path = (*path, key)
-        raise ConfigurationError(_locate(source, path, _message(first))) from None
+        raise ConfigurationError(_locate(source, *describe(error, source.data))) from None
     recipe._source = source
     return recipe
-
-
-def _message(error: Mapping[str, Any]) -> str:
-    if error["type"] in ("unknown_key", "refused"):
-        return str(error["msg"])
-    if error["type"] == "missing":
-        return "missing; add it"
-    if error["type"] == "union_tag_not_found":
-        return "'type' is missing; add it"
-    if error["type"] == "union_tag_invalid":
-        return f"got type {error['ctx']['tag']!r}; allowed are {error['ctx']['expected_tags']}"
-    if error["type"] == "model_type":
-        return f"must be a mapping of keys to values, got {error['input']!r}"
-    return f"{str(error['msg']).replace('Input should be', 'must be')}, got {error['input']!r}"
-
-
-def _path_of(location: Sequence[str | int], data: Any) -> tuple[str | int, ...]:
-    """Pydantic's location without the tags it puts in for members of a union."""
-    path: list[str | int] = []
-    for part in location:
-        if isinstance(data, dict) and part not in data and data.get("type") == part:
-            continue
-        path.append(part)
-        try:
-            data = data[part]
-        except (KeyError, IndexError, TypeError):
-            data = None
-    return tuple(path)
 
 
 def _locate(source: Source | None, path: Sequence[str | int], message: str) -> str:
@@ -367,37 +255,6 @@ def _locate(source: Source | None, path: Sequence[str | int], message: str) -> s
         message = f"{keys}: {message.removeprefix(f'{path[-1]}: ')}"
     message = " ".join(message.split())
     return f"{source.place(path)}: {message}" if source else message
-
-
-def _refuse(key: str | None, reason: str, kind: Literal["refused", "unknown_key"] = "refused") -> NoReturn:
-    raise PydanticCustomError(kind, "{reason}", {"reason": reason, "key": key})
-
-
-def _refuse_unknown(given: Iterable[Any], allowed: Collection[str]) -> None:
-    for key in given:
-        if key not in allowed:
-            reason = f"unknown key{closest(str(key), allowed)}; allowed are {', '.join(allowed)}"
-            _refuse(str(key), reason, "unknown_key")
-
-
-def _refuse_other_kind(key: str, value: Any, default: Any) -> None:
-    """Refuse a value that is not of the kind of an argument's default, where the default tells."""
-    if isinstance(default, bool):
-        expected, fits = "true or false", isinstance(value, bool)
-    elif isinstance(default, int | float):
-        expected, fits = "a number", isinstance(value, int | float) and not isinstance(value, bool)
-    elif isinstance(default, tuple):
-        expected, fits = f"a list of {len(default)}", isinstance(value, list) and len(value) == len(default)
-    else:
-        return
-    if not fits:
-        _refuse(key, f"expected {expected}, got {value!r}")
-
-
-def _key_in(message: str, keys: Iterable[str]) -> str | None:
-    """The argument that an error message speaks of: the one it names first."""
-    found = {match.start(): key for key in keys if (match := re.search(rf"\b{re.escape(key)}\b", message))}
-    return found[min(found)] if found else None
 
 
 def _resolve(name: str, value: Any, steps: int, steps_per_epoch: int) -> Any:
