@@ -106,6 +106,21 @@ def test_many_updates_neither_lose_nor_gain_a_weight(method: MethodRow, structur
     assert len(seen) == 1 if not method.grows else len(seen) > 50
 
 
+@pytest.mark.parametrize("gradient", [None, 0.0, 1.0])
+@pytest.mark.parametrize(("method", "structure"), METHOD_CASES)
+def test_equal_scores_do_not_make_a_count_drift(method: MethodRow, structure: str, gradient: float | None) -> None:
+    run = start(method, structure)
+    finish(run)
+    expected = active(run)
+    for size in (0.0, 1.0, 1.0, 0.01):
+        for _, weight, mask in weights(run.model, run.sparsity.masks()):
+            with torch.no_grad():
+                weight.copy_(mask * size)
+            weight.grad = None if gradient is None else torch.full_like(weight, gradient)
+        run.sparsity.update()
+        assert active(run) == expected
+
+
 @pytest.mark.parametrize("row", [pytest.param(row, id=row.id) for row in METHODS])
 def test_an_explicit_distribution_gives_each_tensor_its_own_count(row: MethodRow) -> None:
     run = start(row.make(sparsity=None, distribution={"conv*": 0.5, "hidden.weight": 0.9, "*": 0.0}))
