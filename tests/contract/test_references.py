@@ -129,15 +129,12 @@ def test_set_drops_the_smallest_and_grows_as_many_that_were_not_active(structure
             live = live_groups(mask, groups)
             now = live_groups(run.sparsity.masks()[name], groups)
             ranked = sorted(live, key=lambda g, w=weight, gr=groups: norm(w, gr[g]))
-            k = int(0.3 * len(live))
-            if structure != "2:4":
-                k = min(k, len(groups) - len(live))
+            k = min(int(0.3 * len(live)), len(groups) - len(live))
             dropped = set(ranked[:k])
             assert len(now) == len(live)
             assert live - dropped <= now, f"{name}: a weight that is not among the {k} smallest was dropped"
-            if structure != "2:4":
-                assert not dropped & now, f"{name}: a dropped weight came back in the same update"
-                assert len(now - live) == k
+            assert not dropped & now, f"{name}: a dropped weight came back in the same update"
+            assert len(now - live) == k
             grown_ever |= {(name, g) for g in now - live}
     # Random growth reaches everywhere in time; growth from a fixed end of the tensor would not.
     for name, weight, _ in weights(run.model, run.sparsity.masks()):
@@ -247,6 +244,21 @@ def test_dsr_equals_the_algorithm_of_its_paper(
         elif pruned < 0.9 * intended:
             threshold *= 2
         assert update.extras["threshold"] == threshold
+
+
+def test_dsr_refills_every_cell_of_2_of_4_with_others_than_those_just_pruned() -> None:
+    run = start(gs.DSR(structure="2:4", threshold=0.1))
+    before = {name: (weight.detach().clone(), mask) for name, weight, mask in weights(run.model, run.sparsity.masks())}
+    run.sparsity.update()
+    pruned = 0
+    for name, mask in run.sparsity.masks().items():
+        weight, was = before[name]
+        below = was & (weight.abs() < 0.1)
+        pruned += int(below.sum())
+        assert not (mask & below).any(), f"{name}: a weight just pruned came back"
+        assert (mask | below | ~was).all(), f"{name}: a weight at or above the threshold was pruned"
+        assert (mask.movedim(1, -1).reshape(-1, 4).sum(1) == 2).all()
+    assert pruned > 50
 
 
 @pytest.mark.parametrize("heuristic", ["paper", "within", "anti-paper"])

@@ -232,10 +232,10 @@ def test_a_tensor_learning_rate_and_maximize_do_not_disturb_the_masks() -> None:
 @pytest.mark.parametrize(
     ("shape", "memory_format"),
     [
-        ((3, 70_001), torch.contiguous_format),
-        ((70_001, 3), torch.contiguous_format),
-        ((517, 389), torch.contiguous_format),
-        ((129, 65, 5, 5), torch.channels_last),
+        ((3, 200_001), torch.contiguous_format),
+        ((200_001, 3), torch.contiguous_format),
+        ((1031, 523), torch.contiguous_format),
+        ((129, 131, 6, 6), torch.channels_last),
     ],
 )
 def test_weights_larger_than_any_cache_are_masked_to_the_last_element(
