@@ -162,6 +162,8 @@ def test_data_that_cannot_be_had_lead_to_the_fallback_with_a_clear_word(monkeypa
     assert result.exit_code == 0
     assert result.stderr == "data set 'fashion_mnist': missing; fetch it\nTraining 'digits' instead.\n"
     assert Path("runs/digits-1/summary.json").is_file()
+    result = run("train", "fashion_mnist", "epochs=1", "--fallback", "digits")
+    assert "Training 'digits' instead, without the changes given." in result.stderr
 
 
 def test_a_fallback_does_not_hide_other_errors():

@@ -63,7 +63,8 @@ def train(
             except DataError as error:
                 if fallback is None:
                     raise
-                typer.echo(f"{error}\nTraining {fallback!r} instead.", err=True)
+                changes = ", without the changes given" if overrides else ""
+                typer.echo(f"{error}\nTraining {fallback!r} instead{changes}.", err=True)
                 results, folder = _run(_with_seeds(load_recipe(fallback), seeds), out)
         if PartialState().is_main_process:
             print_results(stdout_console(), results)
