@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from gossamer.distribution import NAMES, Share, active_weights, allocate, apportion, budget
+from gossamer.distribution import NAMES, Share, active_weights, allocate, apportion, apportion_groups, budget
 from gossamer.errors import ConfigurationError
 from gossamer.structure import NM, Block, Element
 
@@ -135,14 +135,13 @@ def test_split_into_blocks_is_the_largest_number_of_whole_groups(distribution, s
     shapes = [(shape[0] * block[0], shape[1] * block[1], *shape[2:]) for shape in shapes]
     shares = shares_of(shapes, structure)
     active = active_weights(sparsity, sum(share.weights for share in shares))
-    if active // structure.size < len(shares):
-        with pytest.raises(
-            ConfigurationError, match=rf"{active} active weights are {active // structure.size} groups of"
-        ):
+    size = block[0] * block[1]
+    if active // size < len(shares):
+        with pytest.raises(ConfigurationError, match=rf"{active} active weights are fewer than one group for each"):
             allocate(distribution, shares, active)
         return
     counts = allocate(distribution, shares, active)
-    assert sum(counts) == active // structure.size
+    assert sum(counts) == active // size
     assert all(1 <= count <= share.groups for count, share in zip(counts, shares, strict=True))
 
 
@@ -150,7 +149,7 @@ def test_split_into_blocks_is_the_largest_number_of_whole_groups(distribution, s
 def test_no_tensor_is_emptied_while_there_is_one_weight_for_each(distribution, shapes):
     shares = shares_of(shapes)
     assert allocate(distribution, shares, len(shares)) == [1] * len(shares)
-    with pytest.raises(ConfigurationError, match=r"fewer than one for each of the .* tensors"):
+    with pytest.raises(ConfigurationError, match=r"fewer than one group for each of the .* tensors"):
         allocate(distribution, shares, len(shares) - 1)
 
 
@@ -280,3 +279,17 @@ def test_apportion_takes_fractions_exactly():
 def test_apportion_refuses_what_does_not_fit(total, least):
     with pytest.raises(ValueError, match=rf"cannot split {total}: between {2 * least} and 10 fit"):
         apportion(total, [1, 1], [5, 5], least)
+
+
+@given(st.data())
+def test_split_into_groups_of_different_sizes_leaves_no_group_that_would_fit(data):
+    count = data.draw(st.integers(2, 6))
+    sizes = data.draw(st.lists(st.integers(1, 9), min_size=count, max_size=count))
+    capacities = data.draw(st.lists(st.integers(1, 12), min_size=count, max_size=count))
+    weights = data.draw(st.lists(st.integers(0, 5), min_size=count, max_size=count))
+    total = data.draw(st.integers(sum(sizes), sum(s * c for s, c in zip(sizes, capacities, strict=True))))
+    groups = apportion_groups(total, weights, capacities, sizes, least=1)
+    left = total - sum(g * s for g, s in zip(groups, sizes, strict=True))
+    assert left >= 0
+    assert all(1 <= g <= c for g, c in zip(groups, capacities, strict=True))
+    assert all(g == c or s > left for g, c, s in zip(groups, capacities, sizes, strict=True))

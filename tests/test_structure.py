@@ -57,7 +57,7 @@ def in_another_layout(x):
 @given(divided())
 def test_expand_gives_every_weight_the_value_of_its_group(case):
     structure, shape, input_dim = case
-    groups = math.prod(shape) // structure.size
+    groups = math.prod(shape) // structure.size(shape, input_dim)
     ids = structure.expand(torch.arange(groups), shape, input_dim)
     assert ids.shape == shape
     members = {}
@@ -72,11 +72,11 @@ def test_expand_gives_every_weight_the_value_of_its_group(case):
 def test_reduce_is_the_norm_over_each_group(case, p, seed):
     structure, shape, input_dim = case
     scores = scores_of(shape, seed)
-    ids = structure.expand(torch.arange(math.prod(shape) // structure.size), shape, input_dim)
+    ids = structure.expand(torch.arange(math.prod(shape) // structure.size(shape, input_dim)), shape, input_dim)
     collected = {}
     for position in positions(shape):
         collected.setdefault(ids[position].item(), []).append(scores[position].item())
-    if structure.size == 1 and not isinstance(structure, Block):
+    if structure.size(shape, input_dim) == 1 and not isinstance(structure, Block):
         expected = [collected[i][0] for i in range(len(collected))]  # a single weight keeps its sign
     elif p == math.inf:
         expected = [max(map(abs, collected[i])) for i in range(len(collected))]
@@ -90,7 +90,7 @@ def test_reduce_is_the_norm_over_each_group(case, p, seed):
 @given(divided(), st.integers(0, 1000))
 def test_collapse_undoes_expand_and_finds_any_active_weight(case, seed):
     structure, shape, input_dim = case
-    groups = math.prod(shape) // structure.size
+    groups = math.prod(shape) // structure.size(shape, input_dim)
     generator = torch.Generator().manual_seed(seed)
     alive = torch.randint(2, (groups,), generator=generator, dtype=torch.int8).neg_()
     whole = structure.expand(alive, shape, input_dim)
@@ -120,7 +120,7 @@ def test_a_part_of_the_rows_has_a_contiguous_range_of_groups(case, data):
     parts = shape[0] // multiple
     first, last = sorted((data.draw(st.integers(0, parts)), data.draw(st.integers(0, parts))))
     rows = slice(first * multiple, last * multiple)
-    a_row = math.prod(shape) // structure.size / shape[0]
+    a_row = math.prod(shape) // structure.size(shape, input_dim) / shape[0]
     groups = slice(round(rows.start * a_row), round(rows.stop * a_row))
     scores = scores_of(shape, 0)
     whole = structure.reduce(scores, input_dim)

@@ -26,11 +26,12 @@ Distribution = str | Mapping[str, float]
 
 @dataclass(frozen=True)
 class Share:
-    """What the split needs to know of one tensor: its name, its (global) shape and its structure."""
+    """What the split needs to know of one tensor: its name, its (global) shape and how it is divided into groups."""
 
     name: str
     shape: tuple[int, ...]
     structure: Structure
+    input_dim: int = 1
 
     @property
     def weights(self) -> int:
@@ -40,7 +41,12 @@ class Share:
     @property
     def groups(self) -> int:
         """Number of groups."""
-        return self.weights // self.structure.size
+        return self.weights // self.group_size
+
+    @property
+    def group_size(self) -> int:
+        """Number of weights in a group."""
+        return self.structure.size(self.shape, self.input_dim)
 
 
 def active_weights(sparsity: float, total: int) -> int:
@@ -95,7 +101,7 @@ def allocate(distribution: Distribution, shares: Sequence[Share], active: int) -
 
     Args:
         distribution: A name or a mapping glob → sparsity; the first glob that matches counts.
-        shares: The tensors, with one group size in all of them.
+        shares: The tensors.
         active: Number of active weights to split.
 
     Returns:
@@ -120,18 +126,53 @@ def allocate(distribution: Distribution, shares: Sequence[Share], active: int) -
     cells = [share.structure.cell for share in shares]
     if any(cells):
         return [share.groups * cell[0] // cell[1] for share, cell in zip(shares, cells, strict=True) if cell]
-    size = shares[0].structure.size
-    groups = [share.groups for share in shares]
     if distribution == "uniform":
-        weights = [Fraction(count) for count in groups]
+        weights = [Fraction(share.weights) for share in shares]
     else:
-        weights = [_erdos_renyi(share.shape, kernel=distribution == "erk") * share.groups for share in shares]
-    if active // size < len(shares):
+        weights = [_erdos_renyi(share.shape, kernel=distribution == "erk") * share.weights for share in shares]
+    sizes = [share.group_size for share in shares]
+    if active < sum(sizes):
         raise ConfigurationError(
-            f"{active} active weights are {active // size} groups of {size}, fewer than one for each of the "
-            f"{len(shares)} tensors ({shares[0].name}, …); choose a lower sparsity or fewer targets"
+            f"{active} active weights are fewer than one group for each of the {len(shares)} tensors "
+            f"({shares[0].name}, …), which take {sum(sizes)}; choose a lower sparsity or fewer targets"
         )
-    return apportion(active // size, weights, groups, least=1)
+    return apportion_groups(active, weights, [share.groups for share in shares], sizes, least=1)
+
+
+def apportion_groups(
+    total: int, weights: Sequence[Fraction | int], capacities: Sequence[int], sizes: Sequence[int], least: int = 0
+) -> list[int]:
+    """Split `total` weights over tensors in proportion to `weights`, in whole groups; see `apportion`.
+
+    Exact where groups have one size: the largest number of groups not above `total`. Where sizes differ, what is left
+    goes to the tensors furthest below their share, until no open tensor has a group that fits.
+
+    Args:
+        total: Weights to split; at least `least` groups of each fit into it.
+        weights: Non-negative proportions.
+        capacities: The most groups each may get.
+        sizes: Weights in a group of each.
+        least: The least groups each gets (where its capacity allows).
+
+    Returns:
+        Groups for each tensor.
+    """
+    if len(set(sizes)) == 1:
+        return apportion(min(total // sizes[0], sum(capacities)), weights, capacities, least)
+    rooms = [capacity * size for capacity, size in zip(capacities, sizes, strict=True)]
+    shares = apportion(min(total, sum(rooms)), weights, rooms)
+    groups = [max(min(least, most), share // size) for share, most, size in zip(shares, capacities, sizes, strict=True)]
+
+    def lack(i: int) -> Fraction:
+        return Fraction(shares[i], sizes[i]) - groups[i]
+
+    while (left := total - sum(map(int.__mul__, groups, sizes))) < 0:
+        groups[min((i for i in range(len(groups)) if groups[i] > least), key=lack)] -= 1
+    while fitting := [i for i, most in enumerate(capacities) if groups[i] < most and sizes[i] <= left]:
+        i = max(fitting, key=lack)
+        groups[i] += 1
+        left -= sizes[i]
+    return groups
 
 
 def apportion(total: int, weights: Sequence[Fraction | int], capacities: Sequence[int], least: int = 0) -> list[int]:
@@ -192,7 +233,7 @@ def _explicit(distribution: Mapping[str, float], shares: Sequence[Share]) -> lis
             )
         used.add(pattern)
         check_number(f"distribution[{pattern!r}]", distribution[pattern], 0, 1, open_high=True)
-        groups = active_weights(distribution[pattern], share.weights) // share.structure.size
+        groups = active_weights(distribution[pattern], share.weights) // share.group_size
         if groups < 1:
             raise ConfigurationError(
                 f"distribution[{pattern!r}]={distribution[pattern]} leaves no active group in {share.name} "

@@ -37,6 +37,7 @@ class MaskedTensor:
         target: The weight, found by its owner, so that a replaced Parameter is seen.
         structure: How the weight is divided into groups.
         shape: The weight's global shape.
+        group_size: Number of weights in a group.
         groups: Number of groups of the global weight.
         mask: int8 mask (−1 active, 0 pruned) of the part of the weight that this rank holds.
         active: Number of active weights of the global weight.
@@ -49,7 +50,8 @@ class MaskedTensor:
         self.structure = structure
         self.shape = tuple(parameter.shape)
         self.weights = parameter.numel()
-        self.groups = self.weights // structure.size
+        self.group_size = structure.size(self.shape, target.input_dim)
+        self.groups = self.weights // self.group_size
         self.mask = torch.full_like(parameter, -1, dtype=torch.int8, requires_grad=False)
         self.active = self.weights
         self.process_group: dist.ProcessGroup | None = None
@@ -59,6 +61,11 @@ class MaskedTensor:
     def name(self) -> str:
         """The parameter's name."""
         return self.target.name
+
+    @property
+    def active_groups(self) -> int:
+        """Number of active groups of the global weight."""
+        return self.active // self.group_size
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -90,7 +97,7 @@ class MaskedTensor:
         enforce(weight, self.mask)
         grown = self.mask.bitwise_not().bitwise_and_(new)
         self.mask.copy_(new)
-        self.active = active_groups * self.structure.size
+        self.active = active_groups * self.group_size
         return grown
 
     def sharding(self) -> tuple[dist.ProcessGroup | None, int]:

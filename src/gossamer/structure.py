@@ -1,8 +1,9 @@
 """Which weights live or die together.
 
-A structure divides a weight into groups of equal size. Methods rank groups: `reduce` turns the scores of weights
-into scores of groups, `expand` a mask of groups into a mask of weights, `collapse` the other way round. N:M is the
-structure whose groups are single weights of which N live in each `cell` of M consecutive ones along the inputs.
+A structure divides a weight into groups of equal size, which may differ from weight to weight. Methods rank groups:
+`reduce` turns the scores of weights into scores of groups, `expand` a mask of groups into a mask of weights, `collapse`
+the other way round. N:M is the structure whose groups are single weights of which N live in each `cell` of M
+consecutive ones along the inputs.
 
 Groups are numbered so that a part of the rows (dimension 0) of a weight has consecutive groups: a sharded weight
 then has a contiguous range of them.
@@ -31,9 +32,8 @@ class Structure(ABC):
     cell: tuple[int, int] | None = None
     """(N, M) where N of every M consecutive groups live, else `None`: any groups may live."""
 
-    @property
-    def size(self) -> int:
-        """Number of weights in a group."""
+    def size(self, shape: Sequence[int], input_dim: int) -> int:
+        """Number of weights in each group of a weight of this shape."""
         return 1
 
     def row_multiple(self, input_dim: int) -> int:
@@ -135,8 +135,7 @@ class Block(Structure):
         if self.rows < 1 or self.columns < 1:
             raise ConfigurationError(f"structure {self}: expected at least one row and one column, as in 'block:4x1'")
 
-    @property
-    def size(self) -> int:
+    def size(self, shape: Sequence[int], input_dim: int) -> int:
         """See `Structure.size`."""
         return self.rows * self.columns
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gossamer.distribution import Distribution, apportion
+from gossamer.distribution import Distribution, apportion_groups
 from gossamer.errors import ConfigurationError, StateError
 from gossamer.masks import count_over_shards, sample, smallest
 from gossamer.method import Proposal, StateOf
@@ -142,7 +142,7 @@ class DSR(MaskMethod):
         chosen = smallest(self.tensors, norms, counts)
         self._pruned = [positions[choice] for positions, choice in zip(index, chosen, strict=True)]
         self._before = active
-        self._last_pruned = sum(counts)
+        self._last_pruned = self._weights(counts)
         for mask, gone in zip(alive, self._pruned, strict=True):
             mask.index_fill_(0, gone, 0)
         return [now - count for now, count in zip(active, counts, strict=True)]
@@ -154,20 +154,24 @@ class DSR(MaskMethod):
             for i, mask in enumerate(alive):
                 alive[i] = self._refill(i, mask, pruned[i], None)
             return [tensor.groups * n // m for tensor in self.tensors for n, m in [tensor.structure.cell or (1, 1)]]
-        freed = self.budget - sum(active)
+        freed = self.budget - self._weights(active)
         lost = count_over_shards(self.tensors, [torch.tensor(len(gone), device=gone.device) for gone in pruned])
         rooms = [t.groups - now - gone for t, now, gone in zip(self.tensors, active, lost, strict=True)]
         free = [(mask == 0).index_fill_(0, gone, False) for mask, gone in zip(alive, pruned, strict=True)]
         share = HEURISTICS[self.heuristic]
-        wanted = [share(t.groups, was, now) for t, was, now in zip(self.tensors, self._before, active, strict=True)]
-        back = max(0, freed - sum(rooms))
-        active = self._grow(alive, active, free, rooms, apportion(freed - back, wanted, rooms))
+        sizes = [tensor.group_size for tensor in self.tensors]
+        wanted = [
+            share(tensor.groups, was, now) * size
+            for tensor, was, now, size in zip(self.tensors, self._before, active, sizes, strict=True)
+        ]
+        back = max(0, freed - self._weights(rooms))
+        active = self._grow(alive, active, free, rooms, apportion_groups(freed - back, wanted, rooms, sizes))
         if back:
             free = [
                 torch.zeros_like(mask, dtype=torch.bool).index_fill_(0, gone, True)
                 for mask, gone in zip(alive, pruned, strict=True)
             ]
-            active = self._grow(alive, active, free, lost, apportion(back, wanted, lost))
+            active = self._grow(alive, active, free, lost, apportion_groups(back, wanted, lost, sizes))
         return active
 
     def _grow(
@@ -178,7 +182,7 @@ class DSR(MaskMethod):
         return [now + more for now, more in zip(active, counts, strict=True)]
 
     def _adjust(self) -> None:
-        pruned = self._last_pruned * self.group_size
+        pruned = self._last_pruned
         if pruned > (1 + self.tolerance) * self.intended:
             self.threshold /= self.gain
         elif pruned < (1 - self.tolerance) * self.intended:

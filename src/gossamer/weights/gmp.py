@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gossamer.distribution import Distribution, Share, allocate
+from gossamer.distribution import Distribution, allocate
 from gossamer.errors import ConfigurationError, StateError
 from gossamer.method import Proposal, StateOf
 from gossamer.schedule import Periodic, check_number, cubic_ramp
@@ -89,17 +89,21 @@ class GMP(MaskMethod):
 
     def _counts(self, sparsity: float | None) -> list[int]:
         """Active groups of each tensor, or of all together for a global ranking."""
-        structure = self.tensors[0].structure
-        shares = [Share(tensor.name, tensor.shape, structure) for tensor in self.tensors]
+        shares = self._shares()
         active = self._budget(shares, sparsity)
         if self.distribution != "global":
             return allocate(self.distribution, shares, active)
-        if structure.cell is not None:  # leaves nothing to rank across cells
+        if shares[0].structure.cell is not None:  # leaves nothing to rank across cells
             return allocate("uniform", shares, active)
-        return [active // structure.size]
+        if len(sizes := {share.group_size for share in shares}) > 1:
+            raise ConfigurationError(
+                f"distribution='global' ranks groups of one size, but those of structure {shares[0].structure} have "
+                f"sizes {sorted(sizes)}; choose 'uniform', 'er', 'erk' or an explicit mapping"
+            )
+        return [active // shares[0].group_size]
 
-    def _conserved(self, active: list[int]) -> list[int]:
-        return self._to
+    def _budget_of(self, active: list[int]) -> int:
+        return self._weights(self._to) if len(self._to) == len(active) else self._to[0] * self.tensors[0].group_size
 
     def _admits(self, active: int, budget: int) -> bool:
         return active >= budget

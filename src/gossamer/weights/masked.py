@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
@@ -73,7 +73,7 @@ class MaskMethod(Method):
             self.masks_from_weights = isinstance(masks, str)
             given = None if masks is None else [self._given(tensor, masks) for tensor in self.tensors]
             self._first = self._start(given)
-            self.budget = sum(self._conserved([active for _, active in self._first]))
+            self.budget = self._budget_of([active for _, active in self._first])
             # Without a number from the arguments, the masks given say the budget, and a saved state may have another:
             # weights that were active and zero when the run stopped look pruned when it resumes.
             said = self.sparsity is not None or isinstance(self.distribution, Mapping) or structure.cell is not None
@@ -102,13 +102,13 @@ class MaskMethod(Method):
         budget = state.get("budget")
         if not isinstance(budget, int) or (self._budget_is_fixed and budget != self.budget):
             raise StateError(
-                f"{self.name}: the saved budget is {budget} active groups, the attached one {self.budget}; attach with "
-                "the sparsity the state was saved with"
+                f"{self.name}: the saved budget is {budget} active weights, the attached one {self.budget}; attach "
+                "with the sparsity the state was saved with"
             )
-        if not self._admits(active, budget * self.group_size):
+        if not self._admits(active, budget):
             raise StateError(
-                f"{self.name}: the saved masks have {active} active weights, their budget is "
-                f"{budget * self.group_size}; the file is damaged, use an earlier one"
+                f"{self.name}: the saved masks have {active} active weights, their budget is {budget}; the file is "
+                "damaged, use an earlier one"
             )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -116,18 +116,17 @@ class MaskMethod(Method):
         self.generator.set_state(state["generator"].cpu())
         self.budget = state["budget"]
 
-    def _conserved(self, active: list[int]) -> list[int]:
-        """The groups that the budget counts, given the active groups of each tensor at the start."""
-        return active
+    def _budget_of(self, active: list[int]) -> int:
+        """The budget in weights, given the active groups of each tensor at the start."""
+        return self._weights(active)
 
     def _admits(self, active: int, budget: int) -> bool:
         """Whether so many weights can be active under a budget."""
         return active == budget
 
-    @property
-    def group_size(self) -> int:
-        """Weights in a group."""
-        return as_structure(self.structure).size
+    def _weights(self, groups: Sequence[int]) -> int:
+        """The weights in so many groups of each tensor."""
+        return sum(count * tensor.group_size for count, tensor in zip(groups, self.tensors, strict=True))
 
     @contextmanager
     def _naming_itself(self) -> Iterator[None]:
@@ -142,18 +141,21 @@ class MaskMethod(Method):
         if given is None:
             return self._random_masks(self._split())
         if self.sparsity is not None:
-            asked, found = sum(self._split()), sum(active for _, active in given)
+            asked, found = self._weights(self._split()), self._weights([active for _, active in given])
             if asked != found:
                 raise ConfigurationError(
-                    f"sparsity={self.sparsity} asks for {asked * self.group_size} active weights, but "
-                    f"the given masks have {found * self.group_size}; leave sparsity out to keep the masks' own"
+                    f"sparsity={self.sparsity} asks for {asked} active weights, but the given masks have {found}; "
+                    "leave sparsity out to keep the masks' own"
                 )
         return given
 
     def _split(self) -> list[int]:
         """Active groups of each tensor."""
-        shares = [Share(tensor.name, tensor.shape, tensor.structure) for tensor in self.tensors]
+        shares = self._shares()
         return allocate(self.distribution, shares, self._budget(shares, self.sparsity))
+
+    def _shares(self) -> list[Share]:
+        return [Share(tensor.name, tensor.shape, tensor.structure, tensor.input_dim) for tensor in self.tensors]
 
     def _budget(self, shares: list[Share], sparsity: float | None) -> int:
         """Active weights in all."""
@@ -231,7 +233,7 @@ class MaskMethod(Method):
         return [tensor.alive() for tensor in self.tensors]
 
     def _active(self) -> list[int]:
-        return [tensor.active // self.group_size for tensor in self.tensors]
+        return [tensor.active_groups for tensor in self.tensors]
 
     def _refill(self, index: int, kept: Tensor, dropped: Tensor, scores: Tensor | None) -> Tensor:
         """Bring every cell of an N:M tensor back to N active groups, by score or at random.
