@@ -98,6 +98,7 @@ class Run:
         every: Steps from one update to the next.
         norms: What `clip_grad_norm_` returned.
         updates: The counts that every mask update reported.
+        gradients_kept: Whether gradients were the same objects after every step.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class Run:
         self.every = getattr(self.sparsity.methods[0], "every", 1)
         self._masks: list[dict[str, Tensor]] = []
         self.norms: list[float] = []
+        self.gradients_kept = True
         self.updates: list[list[int]] = []
         self.sparsity.on_update(
             lambda update: self.updates.append(
@@ -183,7 +185,10 @@ class Run:
     def step(self) -> None:
         if self.max_norm is not None:
             self.norms.append(float(self.sparsity.clip_grad_norm_(self.max_norm)))
+        gradients = [parameter.grad for parameter in self.wrapped.parameters()]
         self.optimizer.step()
+        after = [parameter.grad for parameter in self.wrapped.parameters()]
+        self.gradients_kept &= all(a is b for a, b in zip(gradients, after, strict=True))
         self.optimizer.zero_grad()
         if self.sparsity.step % self.every == 0:
             self._masks.append(self.sparsity.masks())
@@ -233,6 +238,7 @@ class Run:
         return {
             "masks": self.masks(),
             "norms": self.norms,
+            "gradients kept": self.gradients_kept,
             "updates": self.updates,
             "weights": self.weights(),
             "totals": self.sparsity.summary().totals,
