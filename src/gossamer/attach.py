@@ -56,7 +56,7 @@ def attach(
     """
     if second_moment not in optimizers.SECOND_MOMENTS:
         raise ConfigurationError(f"second_moment: got {second_moment!r}; allowed are 'zero' and 'mean'")
-    _check_unwrapped(model)
+    guard.check_unwrapped(model)
     bound = [copy.deepcopy(method) for method in (methods if isinstance(methods, Sequence) else [methods])]
     for method in bound:
         if not isinstance(method, Method):
@@ -111,23 +111,21 @@ class Sparsity:
         """
         self._require_attached()
         found = _check_follow(self.methods, optimizer)
-        held = {id(parameter) for each in found for parameter in optimizers.parameters(each)}
-        added = [parameter for parameter in self._learned() if id(parameter) not in held]
-        if added and any("initial_lr" in group for group in found[0].param_groups):
-            raise OrderError(f"a scheduler was made before learned parameters could be added; {guard.ORDER}")
+        guard.check_unfollowed(self._hooks, found)
+        groups = self.param_groups()
+        if groups and any("initial_lr" in group for each in found for group in each.param_groups):
+            raise OrderError(f"a scheduler was made before learned parameters got groups of their own; {guard.ORDER}")
         with torch.no_grad():
             _check_first_masks(self.methods)
             tensors = self._hooks.tensors()
             for tensor, (group, first) in zip(tensors, [tensor.sharding() for tensor in tensors], strict=True):
                 tensor.follow_sharding(group, first)
-        if added:
-            found[0].add_param_group({"params": added, "weight_decay": 0.0})
+        _move_to_own_groups(groups, found)
         self._hooks.follow(found)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Parameter groups of what the methods learn (scores, thresholds), without weight decay; may be empty."""
-        learned = self._learned()
-        return [{"params": learned, "weight_decay": 0.0}] if learned else []
+        return [group for method in self.methods for group in method.param_groups()]
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False) -> Tensor:
@@ -146,9 +144,8 @@ class Sparsity:
         """
         self._require_attached()
         masked = {id(tensor.parameter): tensor for tensor in self._hooks.tensors()}
-        owners = [p for each in self._hooks.optimizers for p in optimizers.parameters(each)] or list(
-            self._model.parameters()
-        )
+        followed = (p for each in self._hooks.optimizers for p in optimizers.parameters(each))
+        owners = {id(parameter): parameter for parameter in (*followed, *self._model.parameters())}.values()
         trained = [parameter for parameter in owners if parameter.grad is not None]
         gradients = []
         for parameter in trained:
@@ -204,7 +201,7 @@ class Sparsity:
             for method, each in zip(self.methods, phases, strict=True)
             if phase in each
         ]
-        return [self._hooks.commit(method, proposal) for method, proposal in proposals]
+        return self._hooks.commit(proposals)
 
     def freeze(self, frozen: bool = True) -> None:
         """Stop mask updates (or let them go on); masks stay in force."""
@@ -262,6 +259,8 @@ class Sparsity:
     def detach(self) -> None:
         """Let go of the optimizer and the model as they are: from now on nothing keeps pruned weights at zero."""
         self._require_attached()
+        for method in self.methods:
+            method.detach()
         self._hooks.release()
 
     @torch.no_grad()
@@ -272,7 +271,7 @@ class Sparsity:
             The model that was attached.
         """
         self._require_attached()
-        learned = {id(parameter) for parameter in self._learned()}
+        learned = {id(parameter) for group in self.param_groups() for parameter in group["params"]}
         for tensor in self._hooks.tensors():
             enforce(local(tensor.parameter), tensor.mask)
         for method in self.methods:
@@ -308,23 +307,9 @@ class Sparsity:
         self._hooks.step = int(saved["step"])
         self._hooks.frozen = bool(saved["frozen"])
 
-    def _learned(self) -> list[nn.Parameter]:
-        return [parameter for method in self.methods for parameter in method.learned()]
-
     def _require_attached(self) -> None:
         if not self._hooks.attached:
             raise OrderError("this handle was detached or finalized; attach the model again to go on")
-
-
-def _check_unwrapped(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise ConfigurationError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-    if isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
-        raise OrderError(f"model: is already wrapped ({type(model).__name__}); {guard.ORDER}")
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor):
-            raise OrderError(f"{name}: is already sharded; {guard.ORDER}")
 
 
 def _check_claims(methods: Sequence[Method]) -> None:
@@ -336,6 +321,11 @@ def _check_claims(methods: Sequence[Method]) -> None:
                     f"{name}: belongs to both {owner[name]!r} and {method!r}; give them `targets` that do not overlap"
                 )
             owner[name] = method
+        if getattr(method, "over", None) == "all" and len(methods) > 1:
+            raise ConfigurationError(
+                f"{method!r}: over='all' counts every other weight as dense, and another method is attached beside it; "
+                "give each its sparsity over='targets'"
+            )
         for tensor in method.tensors:
             if not tensor.parameter.requires_grad:
                 raise ConfigurationError(
@@ -362,6 +352,19 @@ def _check_follow(methods: Sequence[Method], optimizer: object) -> list[optim.Op
                     f"model may replace its parameters); {guard.ORDER}"
                 )
     return found
+
+
+def _move_to_own_groups(groups: Sequence[dict[str, Any]], found: Sequence[optim.Optimizer]) -> None:
+    """Give learned parameters optimizer groups of their own, out of groups whose weight decay is not for them."""
+    if not groups:
+        return
+    learned = {id(parameter) for group in groups for parameter in group["params"]}
+    # Muon takes matrices only, so of several optimizers the last other one.
+    home = next((each for each in reversed(found) if not isinstance(each, optim.Muon)), found[-1])
+    for optimizer in found:
+        _drop_parameters(optimizer, learned)
+    for group in groups:
+        home.add_param_group(dict(group))
 
 
 def _check_first_masks(methods: Sequence[Method]) -> None:

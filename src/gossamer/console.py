@@ -124,7 +124,7 @@ def print_results(console: Console, results: Sequence[Result]) -> None:
     for label, values in (
         ("test accuracy", [each.test_accuracy for each in results]),
         ("validation accuracy", [each.validation_accuracy for each in results]),
-        ("sparsity of masked weights", [each.sparsity for each in results]),
+        ("sparsity of masked weights", [each.sparsity if each.summary.rows else None for each in results]),
         ("sparsity of whole model", [each.summary.totals["all_sparsity"] for each in results]),
     ):
         known = [value for value in values if value is not None]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, MutableMapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn, optim
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import WeakIdKeyDictionary
 
 from gossamer import optimizers
-from gossamer.errors import OrderError
+from gossamer.errors import ConfigurationError, OrderError
 from gossamer.masks import MaskedTensor
 
 ORDER = (
@@ -37,7 +39,10 @@ class Keeper(Protocol):
 
 
 _live: weakref.WeakSet[Keeper] = weakref.WeakSet()
-_passed: weakref.WeakKeyDictionary[optim.Optimizer, int] = weakref.WeakKeyDictionary()
+_names: MutableMapping[Tensor, str] = (
+    WeakIdKeyDictionary()
+)  # name of every masked Parameter, also after the handle was dropped
+_passed: weakref.WeakKeyDictionary[optim.Optimizer, tuple[int, int]] = weakref.WeakKeyDictionary()
 _generation = 0  # moves on with every change of `_live`, so that an optimizer is looked at once and not at every step
 
 
@@ -46,6 +51,8 @@ def watch(keeper: Keeper) -> None:
     global _generation
     _generation += 1
     _live.add(keeper)
+    for tensor in keeper.tensors():
+        _names[tensor.parameter] = tensor.name
 
 
 def release(keeper: Keeper) -> None:
@@ -53,35 +60,58 @@ def release(keeper: Keeper) -> None:
     global _generation
     _generation += 1
     _live.discard(keeper)
+    for tensor in keeper.tensors():
+        _names.pop(tensor.parameter, None)
 
 
 def check_unclaimed(parameters: Iterable[nn.Parameter]) -> None:
-    """Raise an OrderError where one of these parameters already has a mask."""
+    """Raise an OrderError where one of these parameters already has a mask that a handle keeps."""
     wanted = {id(parameter) for parameter in parameters}
-    if found := _masked(wanted, list(_live)):
+    for name in (t.name for keeper in _live for t in keeper.tensors() if id(t.parameter) in wanted):
         raise OrderError(
-            f"{found}: already has a mask from an earlier attach; call finalize() or detach() on that handle first"
+            f"{name}: already has a mask from an earlier attach; call finalize() or detach() on that handle first"
         )
 
 
-def _masked(parameters: set[int], keepers: Sequence[Keeper]) -> str | None:
-    return next((t.name for keeper in keepers for t in keeper.tensors() if id(t.parameter) in parameters), None)
+def check_unfollowed(keeper: Keeper, found: Sequence[optim.Optimizer]) -> None:
+    """Raise an OrderError where one of these optimizers keeps the masks of another handle."""
+    for other in _live:
+        if other is not keeper and any(each is mine for each in other.optimizers for mine in found):
+            raise OrderError(
+                "optimizer: already keeps the masks of another handle; attach all methods at once, as a list, or "
+                "finalize() or detach() the other handle first"
+            )
+
+
+def check_unwrapped(model: nn.Module) -> None:
+    """Raise unless this is a plain module: neither compiled, nor in DDP, nor sharded."""
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    if isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
+        raise OrderError(f"model: is already wrapped ({type(model).__name__}); {ORDER}")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise OrderError(f"{name}: is already sharded; {ORDER}")
 
 
 def _refuse_unfollowed(optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    if _passed.get(optimizer) == _generation:
+    held = list(optimizers.parameters(optimizer))
+    state = (_generation, len(held))
+    if _passed.get(optimizer) == state:
         return
     following = [keeper for keeper in _live if any(optimizer is each for each in keeper.optimizers)]
-    held: set[int] = {id(each) for each in optimizers.parameters(optimizer) if isinstance(each, Tensor)}
-    if found := _masked(held, [keeper for keeper in _live if keeper not in following]):
-        raise OrderError(f"{found}: has a mask, but no sparsity.follow(optimizer) was called; {ORDER}")
+    kept = {id(tensor.parameter) for keeper in following for tensor in keeper.tensors()}
+    for parameter in held:
+        if id(parameter) not in kept and (name := _names.get(parameter)) is not None:
+            raise OrderError(f"{name}: has a mask, but no sparsity.follow(optimizer) was called; {ORDER}")
     if isinstance(optimizer.defaults, FollowedDefaults) and not following:
         raise OrderError(
             "this optimizer is a copy of one that kept masks in force, made without the Sparsity handle, and would "
             "train pruned weights; copy or pickle (model, optimizer, sparsity) together, or call "
             "sparsity.follow(optimizer)"
         )
-    _passed[optimizer] = _generation
+    _passed[optimizer] = state
 
 
 register_optimizer_step_pre_hook(_refuse_unfollowed)

@@ -10,6 +10,8 @@ leave out any of them, so what belongs together cannot be told from how often ea
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -42,7 +44,6 @@ class StepHooks:
         self._methods = methods
         self._second_moment = second_moment
         self._handles: list[RemovableHandle] = []
-        self._owned: list[list[MaskedTensor]] = []
         self._step = 0
         self._overflows: Tensor | None = None
         self._left_out: set[int] = set()  # optimizers whose next step is withheld, since an update asked for it
@@ -58,8 +59,6 @@ class StepHooks:
         self.release()
         self.optimizers = found
         for optimizer in found:
-            held = {id(parameter) for parameter in optimizers.parameters(optimizer)}
-            self._owned.append([tensor for tensor in self.tensors() if id(tensor.parameter) in held])
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
             optimizer.defaults = guard.FollowedDefaults(optimizer.defaults)
@@ -72,7 +71,7 @@ class StepHooks:
             handle.remove()
         for optimizer in self.optimizers:
             optimizer.defaults = dict(optimizer.defaults)
-        self.optimizers, self._handles, self._owned = [], [], []
+        self.optimizers, self._handles = [], []
         self._left_out.clear()
         self.attached = False
         guard.release(self)
@@ -94,15 +93,24 @@ class StepHooks:
         self._settle()
         self.frozen = frozen
 
-    def commit(self, method: Method, proposal: Proposal) -> MaskUpdate:
-        """Put new masks in force, give grown weights fresh optimizer state, and tell the callbacks."""
+    def commit(self, proposals: Sequence[tuple[Method, Proposal]]) -> list[MaskUpdate]:
+        """Put new masks in force, give grown weights fresh optimizer state, then tell the callbacks."""
+        updates = [self._apply(method, proposal) for method, proposal in proposals]
+        for update in updates:
+            for callback in self.callbacks:
+                callback(update)
+        return updates
+
+    def _apply(self, method: Method, proposal: Proposal) -> MaskUpdate:
         tensors = [tensor for tensor, _, _ in proposal.changes]
         before = [tensor.active for tensor in tensors]
         grown = []
         for tensor, alive, active in proposal.changes:
             new = tensor.set_alive(alive, active)
-            if state := self.state_of(tensor):
-                optimizers.refresh(tensor, new, self._group_of(tensor), state, self._second_moment)
+            optimizer, group = self._holder(tensor)
+            if optimizer is not None and (state := optimizer.state.get(tensor.parameter)):
+                mixes = not optimizers.is_elementwise(optimizer)
+                optimizers.refresh(tensor, new, group, state, mixes, self._second_moment)
             grown.append(new.count_nonzero())
         rows = [
             {
@@ -114,40 +122,52 @@ class StepHooks:
             }
             for tensor, was, more in zip(tensors, before, count_over_shards(tensors, grown), strict=True)
         ]
-        update = MaskUpdate(self.step, method.name, rows, proposal.extras)
-        for callback in self.callbacks:
-            callback(update)
-        return update
+        return MaskUpdate(self.step, method.name, rows, proposal.extras)
 
     def state_of(self, tensor: MaskedTensor) -> Mapping[str, Any]:
         """The optimizer's state of a tensor's parameter; empty before its first step."""
-        parameter = tensor.parameter
-        states = (each.state[parameter] for each in self.optimizers if parameter in each.state)
-        return next(states, {})
+        optimizer, _ = self._holder(tensor)
+        return {} if optimizer is None else optimizer.state.get(tensor.parameter, {})
 
-    def _group_of(self, tensor: MaskedTensor) -> Mapping[str, Any]:
-        groups = (group for each in self.optimizers for group in each.param_groups)
-        return next(group for group in groups if any(each is tensor.parameter for each in group["params"]))
+    def _holder(self, tensor: MaskedTensor) -> tuple[optim.Optimizer | None, Mapping[str, Any]]:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                if any(each is tensor.parameter for each in group["params"]):
+                    return optimizer, group
+        return None, {}
+
+    def _held(self, optimizer: optim.Optimizer) -> list[MaskedTensor]:
+        """The masked tensors that an optimizer trains; asked anew at every step, since masks may become hard midway."""
+        held = {id(parameter) for parameter in optimizers.parameters(optimizer)}
+        tensors = self.tensors()
+        mine = [tensor for tensor in tensors if id(tensor.parameter) in held]
+        if len(mine) < len(tensors):
+            others = {id(p) for each in self.optimizers for p in optimizers.parameters(each)}
+            for tensor in tensors:
+                if id(tensor.parameter) not in others:
+                    raise OrderError(
+                        f"{tensor.name}: is no longer in the optimizer that sparsity.follow(optimizer) was called "
+                        f"with: it was replaced in the model, or taken out of the optimizer; {guard.ORDER}"
+                    )
+        return mine
 
     def _before_step(
         self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if _within_own_step(optimizer):
+            return None
         index = self._index(optimizer)
-        held = {id(parameter) for parameter in optimizers.parameters(optimizer)}
-        for tensor in self._owned[index]:
-            if id(tensor.parameter) not in held:
-                raise OrderError(
-                    f"{tensor.name}: was replaced after sparsity.follow(optimizer), so this optimizer no longer trains "
-                    f"it; {guard.ORDER}"
-                )
+        self._held(optimizer)
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._with_gradients(optimizer, index)
             return None
 
+        calls = itertools.count()  # an optimizer may evaluate its closure several times in one step
+
         def closure_then_masks() -> Any:
             loss = closure()
-            self._with_gradients(optimizer, index)
+            self._with_gradients(optimizer, index, begins=next(calls) == 0)
             return loss
 
         if len(args) > 1:
@@ -155,18 +175,21 @@ class StepHooks:
         return args, kwargs | {"closure": closure_then_masks}
 
     @torch.no_grad()
-    def _with_gradients(self, optimizer: optim.Optimizer, index: int) -> None:
+    def _with_gradients(self, optimizer: optim.Optimizer, index: int, begins: bool = True) -> None:
         """Do what belongs between backward and the change of weights."""
-        if index == 0:
+        if begins:
+            for parameter, gradient in self._withheld.pop(index, ()):  # a step that raised did not give them back
+                if parameter.grad is None:
+                    parameter.grad = gradient
+        if begins and index == 0:
             self._left_out = set(range(len(self.optimizers))) if self._begin_step(optimizer) else set()
         if index in self._left_out:
-            self._left_out.remove(index)
             held = [(p, p.grad) for p in optimizers.parameters(optimizer) if p.grad is not None]
             self._withheld[index] = held
             for parameter, _ in held:
                 parameter.grad = None
         elif not optimizers.is_elementwise(optimizer):
-            for tensor in self._owned[index]:
+            for tensor in self._held(optimizer):
                 if tensor.parameter.grad is not None:
                     enforce(local(tensor.parameter.grad), tensor.mask)
 
@@ -185,21 +208,31 @@ class StepHooks:
         if overflow is not None and bool(overflow > 0):
             return False
         due = [method for method in self._methods if method.due(self._step)]
-        proposals = [(method, method.update(self._step, self.state_of)) for method in due]
-        for method, proposal in proposals:
-            self.commit(method, proposal)
-        return any(method.skip_step for method in due)
+        before = [method.state_dict() for method in due]
+        try:
+            proposals = [(method, method.update(self._step, self.state_of)) for method in due]
+        except BaseException:
+            for method, state in zip(due, before, strict=True):
+                method.load_state_dict(state)
+            self._step -= 1
+            raise
+        self.commit(proposals)
+        return any(proposal.skip_step for _, proposal in proposals)
 
-    @torch.no_grad()
     def _after_step(self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if _within_own_step(optimizer):
+            return
         index = self._index(optimizer)
+        self._left_out.discard(index)
         for parameter, gradient in self._withheld.pop(index, ()):
             parameter.grad = gradient
-        for tensor in self._owned[index]:
-            enforce(local(tensor.parameter), tensor.mask)
+        for tensor in self._held(optimizer):
+            with torch.no_grad():
+                enforce(local(tensor.parameter), tensor.mask)
         if index == 0:
             for method in self._methods:
-                method.after_step(self._step)
+                if type(method).after_step is not Method.after_step:
+                    method.after_step(self.step)
 
     def _settle(self) -> None:
         if self._overflows is not None:
@@ -210,7 +243,7 @@ class StepHooks:
         return next(i for i, each in enumerate(self.optimizers) if each is optimizer)
 
     def __getstate__(self) -> dict[str, Any]:
-        transient: dict[str, Any] = {"_handles": [], "_owned": [], "_withheld": {}, "callbacks": []}
+        transient: dict[str, Any] = {"_handles": [], "_withheld": {}, "callbacks": []}
         return self.__dict__ | {"_step": self.step} | transient
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -219,3 +252,17 @@ class StepHooks:
             self.follow(self.optimizers)
         elif self.attached:
             guard.watch(self)
+
+
+def _within_own_step(optimizer: optim.Optimizer) -> bool:
+    """Whether this hook runs within another step of the same optimizer.
+
+    torch runs the hooks of a subclass and of its base class, where both define `step` and the one calls the other.
+    """
+    frame = sys._getframe(2)
+    code, outer = frame.f_code, frame.f_back
+    while outer is not None:
+        if outer.f_code is code and outer.f_locals.get("args", (None,))[0] is optimizer:
+            return True
+        outer = outer.f_back
+    return False

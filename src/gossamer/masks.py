@@ -56,6 +56,7 @@ class MaskedTensor:
         self.active = self.weights
         self.process_group: dist.ProcessGroup | None = None
         self.first_group = 0
+        self._sharded: nn.Parameter | None = None
 
     @property
     def name(self) -> str:
@@ -69,8 +70,12 @@ class MaskedTensor:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The parameter as it is in the model now."""
-        return self.target.parameter
+        """The parameter as it is in the model now; of a sharded weight always the shard that the optimizer holds.
+
+        After a forward without a backward FSDP2 leaves whole weights in the model.
+        """
+        found = self.target.parameter
+        return found if self._sharded is None or isinstance(found, DTensor) else self._sharded
 
     @property
     def input_dim(self) -> int:
@@ -146,7 +151,9 @@ class MaskedTensor:
         """
         mask = self.mask if self.process_group is not None else rows_like(self.mask, self.parameter)
         self.process_group, self.first_group = process_group, first_group
+        self._sharded = self.parameter if isinstance(self.parameter, DTensor) else None
         self.mask = torch.empty_like(local(self.parameter), dtype=torch.int8).copy_(mask)
+        enforce(local(self.parameter), self.mask)
 
     def distribute(self, part: Tensor) -> Tensor:
         """A tensor of this rank's rows as a DTensor sharded as the weight is, or as it is where nothing is sharded."""
@@ -264,7 +271,7 @@ def largest_in_cells(scores: Tensor, counts: Tensor, size: int) -> Tensor:
     """The `counts[i]` largest of each cell of `size` consecutive scores; equal scores from the lowest index.
 
     Args:
-        scores: `(cells · size,)`; `-inf` is never chosen.
+        scores: `(cells · size,)`, without NaN; `-inf` is never chosen while others are left.
         counts: `(cells,)` or `(1,)`, integers.
         size: Groups in a cell (the M of N:M).
 
@@ -274,7 +281,18 @@ def largest_in_cells(scores: Tensor, counts: Tensor, size: int) -> Tensor:
     cells = scores.view(-1, size)
     order = cells.argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(size, device=order.device).expand_as(order))
-    return ((rank < counts.view(-1, 1)) & (cells > -torch.inf)).view(-1)
+    return (rank < counts.view(-1, 1)).view(-1)
+
+
+def refuse_nan(tensors: Sequence[MaskedTensor], scores: Sequence[Tensor]) -> None:
+    """Raise a NonFiniteError, on all ranks, where a tensor's scores contain NaN."""
+    nan = [score.amax().isnan() if len(score) else torch.zeros((), device=score.device) for score in scores]
+    for tensor, found in zip(tensors, count_over_shards(tensors, nan), strict=True):
+        if found:
+            raise NonFiniteError(
+                f"{tensor.name}: its scores contain NaN, so its weights cannot be ranked and its mask was left as "
+                "it is; training has diverged (lower the learning rate, clip gradients) or the data contain NaN"
+            )
 
 
 def count_over_shards(tensors: Sequence[MaskedTensor], counts: Sequence[Tensor]) -> list[int]:
@@ -298,21 +316,14 @@ def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
 
 def _ordered_keys(tensors: Sequence[MaskedTensor], scores: Sequence[Tensor]) -> list[Tensor]:
     """Integers in the order of the scores, in the scores' own memory where it is wide enough."""
+    refuse_nan(tensors, scores)
     dtype = max((torch.float32, *(score.dtype for score in scores)), key=lambda each: each.itemsize)
     keys = []
-    nan = []
     for score in scores:
         wide = score.to(dtype).add_(0.0)  # −0.0 and 0.0 are equal scores
-        nan.append(wide.amax().isnan() if len(wide) else torch.zeros((), device=wide.device))
         bits = wide.view(_INTEGER[wide.element_size()])
         sign = bits >> (8 * wide.element_size() - 1)
         keys.append(bits.bitwise_xor_(sign.bitwise_and_(torch.iinfo(bits.dtype).max)))
-    for tensor, found in zip(tensors, count_over_shards(tensors, nan), strict=True):
-        if found:
-            raise NonFiniteError(
-                f"{tensor.name}: its scores contain NaN, so its weights cannot be ranked and its mask was left as "
-                "it is; training has diverged (lower the learning rate, clip gradients) or the data contain NaN"
-            )
     return keys
 
 

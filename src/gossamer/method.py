@@ -31,10 +31,12 @@ class Proposal:
         changes: For each tensor that changes, the int8 mask of its groups on this rank (−1 active, 0 pruned) and the
             number of active groups of the global tensor.
         extras: Numbers worth recording, such as a threshold.
+        skip_step: Whether the step of all optimizers is left out after this update.
     """
 
     changes: list[tuple[MaskedTensor, Tensor, int]]
     extras: dict[str, float] = field(default_factory=dict)
+    skip_step: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,15 +61,14 @@ class Method(ABC):
 
     Attributes:
         name: The name in recipes, tables and saved states.
-        tensors: The weights whose hard masks the engine enforces after every step; may be empty.
+        tensors: The weights whose hard masks the engine enforces after every step; may be empty, and may change when
+            masks become hard in the course of training.
         masks_from_weights: Whether the first masks depend on the weights, which ranks could have made differently.
-        skip_step: Whether the optimizer's step is left out where this method updates its masks.
     """
 
     name: ClassVar[str]
     tensors: Sequence[MaskedTensor] = ()
     masks_from_weights: bool = False
-    skip_step: bool = False
 
     def bind(self, model: nn.Module, masks: Masks) -> None:
         """Choose and check everything this method will touch, raising ConfigurationError; change nothing."""
@@ -79,8 +80,11 @@ class Method(ABC):
     def install(self) -> None:
         """Change the model: first masks, hooks, parametrizations. Called once, after every method was bound."""
 
-    def learned(self) -> list[nn.Parameter]:
-        """Parameters this method added to the model, of at least one dimension; trained without weight decay."""
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Optimizer groups of the parameters, of at least one dimension, that this method added to the model.
+
+        Each sets `weight_decay` to 0, and may set a learning rate or momentum of its own.
+        """
         return []
 
     def penalty(self) -> Tensor | None:
@@ -100,10 +104,13 @@ class Method(ABC):
         return Proposal([])
 
     def after_step(self, step: int) -> None:
-        """Advance what changes with every step (temperatures); must not wait for the device."""
+        """Advance what changes with every step, such as a temperature; `step` counts those completed."""
+
+    def detach(self) -> None:
+        """Take hooks off the model and leave it as it is."""
 
     def finalize(self) -> None:
-        """Remove from the model whatever `install` put there, keeping the zeros."""
+        """Remove from the model whatever `install` put there, keeping the zeros; `detach` is called as well."""
 
     def config(self) -> dict[str, Any]:
         """What a saved state must agree on with this method, as JSON values."""

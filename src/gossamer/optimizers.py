@@ -41,6 +41,9 @@ For any other class, subclasses of these included, gradients of pruned weights a
 FRESH: dict[str, str] = {"step_size": "lr", "sum": "initial_accumulator_value"}
 """State that does not begin at zero (Rprop, Adagrad), and the option of the parameter group it begins at."""
 
+FACTORED = ("row_var", "col_var")
+"""State of Adafactor that may happen to have the weight's shape without being weight by weight."""
+
 SECOND_MOMENTS = ("zero", "mean")
 
 
@@ -75,7 +78,12 @@ def is_elementwise(optimizer: optim.Optimizer) -> bool:
 
 
 def refresh(
-    tensor: MaskedTensor, grown: Tensor, group: Mapping[str, Any], state: Mapping[str, Any], second_moment: str
+    tensor: MaskedTensor,
+    grown: Tensor,
+    group: Mapping[str, Any],
+    state: Mapping[str, Any],
+    mixes: bool,
+    second_moment: str,
 ) -> None:
     """Give newly active weights the optimizer state of a fresh parameter.
 
@@ -87,14 +95,23 @@ def refresh(
         grown: int8 mask of this rank's newly active weights, −1 where grown.
         group: The parameter group.
         state: The optimizer's state of the parameter.
+        mixes: Whether the optimizer mixes weights: then state of pruned weights is zeroed too, or their momentum would
+            go on to move active ones.
         second_moment: `"zero"`, or `"mean"`: Adam's second moment starts at the mean over the weights that were
             active before, since an old step count makes a start at zero several learning rates long.
     """
     kept = grown.bitwise_not()
     for key, value in state.items():
-        if not isinstance(value, Tensor) or value.shape != tensor.parameter.shape or not value.is_floating_point():
+        if (
+            key in FACTORED
+            or not isinstance(value, Tensor)
+            or value.shape != tensor.parameter.shape
+            or not value.is_floating_point()
+        ):
             continue
         part = local(value)
+        if mixes:
+            enforce(part, tensor.mask)
         if key == "exp_avg_sq" and second_moment == "mean":
             part.copy_(torch.where(grown != 0, _active_mean(tensor, part, kept), part))
         elif FRESH.get(key) in group:

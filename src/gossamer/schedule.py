@@ -13,6 +13,9 @@ from gossamer.errors import ConfigurationError
 class Schedule(ABC):
     """Says at which optimizer steps a mask update is due."""
 
+    end: int | None = None
+    """The last step at which an update can be due, where there is one."""
+
     @abstractmethod
     def due(self, step: int) -> bool:
         """Whether an update belongs to this step (the first step of a run is 1)."""
@@ -35,6 +38,7 @@ class Periodic(Schedule):
         check_integer("begin", self.begin, at_least=0)
         if self.until is not None:
             check_integer("until", self.until, at_least=self.begin + 1)
+        object.__setattr__(self, "end", self.until)
 
     def due(self, step: int) -> bool:
         """See `Schedule.due`."""
@@ -70,6 +74,7 @@ class EpochPeriods(Schedule):
             check_integer(f"periods: the period from epoch {epoch}", period, at_least=1)
         if self.until is not None:
             check_integer("until", self.until, at_least=1)
+            object.__setattr__(self, "end", self.until * self.steps_per_epoch)
 
     def due(self, step: int) -> bool:
         """See `Schedule.due`."""

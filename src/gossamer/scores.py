@@ -1,7 +1,8 @@
 """What makes a weight worth keeping or growing: functions from a `View` of a weight to a score for every weight.
 
 A score is called with a `View` and returns a *new* tensor of the view's shape; larger means more worth. A view may
-hold only some weights of a tensor (those that are ranked), so a score works weight by weight.
+hold only some weights of a tensor (those that are ranked), so a score works weight by weight. A score that reads
+gradients says so by an attribute `needs_gradient = True`, one that can be negative by `signed = True`.
 """
 
 from __future__ import annotations
@@ -95,6 +96,10 @@ def movement(view: View) -> Tensor:
     return view.weight.mul(view.gradient).neg_()
 
 
+for _score in (gradient, movement):
+    _score.needs_gradient = True  # type: ignore[attr-defined]
+movement.signed = True  # type: ignore[attr-defined]
+
 SCORES: dict[str, Score] = {
     "magnitude": magnitude,
     "gradient": gradient,
@@ -122,7 +127,7 @@ def as_score(score: str | Score) -> Score:
 def group_scores(
     tensor: MaskedTensor, score: Score, state: Mapping[str, Any], p: float = 2.0, index: Tensor | None = None
 ) -> Tensor:
-    """Scores of groups: the Lp-norm of the scores of their weights.
+    """Scores of groups: the Lp-norm of the scores of their weights, their sum where the score is `signed`.
 
     Args:
         tensor: The tensor.
@@ -135,6 +140,20 @@ def group_scores(
         New tensor `(n,)`.
     """
     if isinstance(tensor.structure, Element):
-        return score(View(tensor, state, index)).reshape(-1)
-    values = tensor.structure.reduce(score(View(tensor, state)), tensor.input_dim, p)
+        return _own(score(View(tensor, state, index)), tensor, index).reshape(-1)
+    whole = _own(score(View(tensor, state)), tensor, None)
+    values = tensor.structure.reduce(whole, tensor.input_dim, None if getattr(score, "signed", False) else p)
     return values if index is None else values[index]
+
+
+def _own(values: Tensor, tensor: MaskedTensor, index: Tensor | None) -> Tensor:
+    """Check a score's shape, and copy it where it shares memory with the weight or its gradient: rankings overwrite."""
+    expected = tensor.mask.shape if index is None else index.shape
+    if values.shape != expected:
+        raise ConfigurationError(
+            f"{tensor.name}: its score has shape {tuple(values.shape)}, expected {tuple(expected)}: one for each "
+            "weight of the View"
+        )
+    sources = [each for each in (tensor.parameter, tensor.parameter.grad) if each is not None]
+    shared = {local(each).untyped_storage().data_ptr() for each in sources}
+    return values.clone() if values.untyped_storage().data_ptr() in shared else values

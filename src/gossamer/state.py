@@ -63,11 +63,16 @@ def check(methods: Sequence[Method], state: Mapping[str, Any]) -> None:
                     "attach with the arguments it was saved with"
                 )
         method.check_state(each["state"], _check_masks(method, state))
+    claimed = {_strip(name) for method in methods for name in method.claims()}
+    if unknown := sorted(set(_by_name(state["masks"])) - claimed):
+        raise StateError(f"sparsity state: has a mask of {unknown[0]}, which no attached method masks; attach the same")
 
 
 def restore(methods: Sequence[Method], state: Mapping[str, Any]) -> None:
     """Put a checked state in force; pruned weights become 0."""
     masks = _by_name(state["masks"])
+    for method, each in zip(methods, state["methods"], strict=True):
+        method.load_state_dict(each["state"])
     tensors = [tensor for method in methods for tensor in method.tensors]
     for tensor in tensors:
         tensor.mask.copy_(_unpack(tensor, masks))
@@ -75,8 +80,6 @@ def restore(methods: Sequence[Method], state: Mapping[str, Any]) -> None:
     counts = count_over_shards(tensors, [tensor.mask.count_nonzero() for tensor in tensors])
     for tensor, count in zip(tensors, counts, strict=True):
         tensor.active = count
-    for method, each in zip(methods, state["methods"], strict=True):
-        method.load_state_dict(each["state"])
 
 
 def _check_masks(method: Method, state: Mapping[str, Any]) -> int:

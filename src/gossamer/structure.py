@@ -44,8 +44,8 @@ class Structure(ABC):
         """Raise a ConfigurationError, naming the layer, where a weight of this shape cannot be divided so."""
 
     @abstractmethod
-    def reduce(self, scores: Tensor, input_dim: int, p: float = 2.0) -> Tensor:
-        """Scores of weights → scores of groups: the Lp-norm over each group, `(Σ|s|^p)^(1/p)`."""
+    def reduce(self, scores: Tensor, input_dim: int, p: float | None = 2.0) -> Tensor:
+        """Scores of weights → scores of groups: the Lp-norm over each group, `(Σ|s|^p)^(1/p)`; the sum for p=None."""
 
     @abstractmethod
     def expand(self, groups: Tensor, shape: Sequence[int], input_dim: int) -> Tensor:
@@ -60,7 +60,7 @@ class Structure(ABC):
 class Element(Structure):
     """Every weight on its own."""
 
-    def reduce(self, scores: Tensor, input_dim: int, p: float = 2.0) -> Tensor:
+    def reduce(self, scores: Tensor, input_dim: int, p: float | None = 2.0) -> Tensor:
         """See `Structure.reduce`; a single weight keeps its score, sign included."""
         return scores.reshape(-1)
 
@@ -100,7 +100,7 @@ class NM(Structure):
                 f"{shape[input_dim]} along dimension {input_dim}; exclude this weight with targets=['!{name}']"
             )
 
-    def reduce(self, scores: Tensor, input_dim: int, p: float = 2.0) -> Tensor:
+    def reduce(self, scores: Tensor, input_dim: int, p: float | None = 2.0) -> Tensor:
         """See `Structure.reduce`; a single weight keeps its score, sign included."""
         return self._inputs_last(scores, input_dim).reshape(-1)
 
@@ -153,8 +153,10 @@ class Block(Structure):
                 f"exclude this weight with targets=['!{name}']"
             )
 
-    def reduce(self, scores: Tensor, input_dim: int, p: float = 2.0) -> Tensor:
+    def reduce(self, scores: Tensor, input_dim: int, p: float | None = 2.0) -> Tensor:
         """See `Structure.reduce`."""
+        if p is None:
+            return self._blocks(scores, input_dim).sum((1, 4)).reshape(-1)
         norms: Tensor = torch.linalg.vector_norm(self._blocks(scores, input_dim), ord=p, dim=(1, 4))
         return norms.reshape(-1)
 

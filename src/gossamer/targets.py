@@ -8,6 +8,7 @@ weight or an embedding, nor a weight tied to an embedding.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -56,14 +57,17 @@ class Target:
     @property
     def parameter(self) -> nn.Parameter:
         """The parameter as it is in the model now."""
-        found = self.owner._parameters[self.attribute]
-        assert found is not None
+        found = self.owner._parameters.get(self.attribute)
+        if found is None:  # a method that learns masks has put a parametrization around it
+            found = getattr(self.owner.parametrizations, self.attribute).original
+        assert isinstance(found, nn.Parameter)
         return found
 
 
 def plain_name(name: str) -> str:
-    """Return a parameter's or module's name without the parts that wrappers add (see `WRAPPERS`)."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    """Return a parameter's or module's name without what wrappers (see `WRAPPERS`) and parametrizations add."""
+    plain = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+    return re.sub(r"\bparametrizations\.(\w+)\.original$", r"\1", plain)
 
 
 def named_weights(model: nn.Module) -> Iterator[tuple[Target, list[nn.Module]]]:
@@ -149,7 +153,7 @@ def _choose(found: list[tuple[Target, list[nn.Module]]], eligible: set[str], sel
     only_exclusions = bool(parts)  # an empty sequence chooses nothing, rather than everything
     for part in parts:
         if isinstance(part, str):
-            pattern = part.removeprefix("!")
+            pattern = plain_name(part.removeprefix("!"))
             hits = {pattern} if pattern in names else {n for n in eligible if matches(n, pattern)}
             if not hits:
                 others = sorted(n for n in names if matches(n, pattern))
@@ -203,6 +207,8 @@ def _check(target: Target) -> None:
         raise ConfigurationError(
             f"{target.name}: has shape {tuple(parameter.shape)}; masks are for weights of two or more dimensions"
         )
+    if parameter.numel() == 0:
+        raise ConfigurationError(f"{target.name}: has shape {tuple(parameter.shape)} and no weight to mask; exclude it")
     if not parameter.is_floating_point():
         raise ConfigurationError(
             f"{target.name}: has dtype {parameter.dtype}; only real floating-point weights can be masked, "

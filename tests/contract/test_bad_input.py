@@ -15,7 +15,7 @@ from torch.nn.utils import prune as torch_prune
 
 import gossamer as gs
 
-from .tables import METHODS, Run, TinyNet, backward, everything, snapshot, start
+from .tables import METHODS, TinyNet, backward, everything, snapshot, start
 
 # -- arguments of methods ----------------------------------------------------------------------------------------------
 
@@ -61,6 +61,7 @@ def test_an_unknown_argument_is_refused_by_name(row: Any) -> None:
         (lambda: gs.SET(0.9, drop_fraction=1.0), r"SET: drop_fraction.*\[0, 1\).*1\.0"),
         (lambda: gs.RigL(0.9, drop_fraction=-0.5), r"RigL: drop_fraction.*-0\.5"),
         (lambda: gs.RigL(0.9, drop_score="magnitud"), r"RigL: score.*'magnitud'.*did you mean 'magnitude'\?"),
+        (lambda: gs.RigL(0.9, every=1), r"RigL: every=1 with skip_step=True leaves out every step"),
         (lambda: gs.GMP(0.9, end=10, score="size"), r"GMP: score.*'size'.*'magnitude'"),
         (lambda: gs.GMP(0.9, end=0), r"GMP: .*0"),
         (lambda: gs.GMP(0.9, end=5, begin=5), r"GMP: until.*|GMP: .*begin"),
@@ -309,7 +310,7 @@ def test_attaching_twice_is_refused_and_leaves_the_first_in_force() -> None:
     assert everything(run.train(range(1, 5))) == everything(start(gs.SET(0.75, every=2)).train(5))
 
 
-def test_attaching_other_weights_of_the_same_model_is_allowed() -> None:
+def test_two_handles_on_one_optimizer_are_refused() -> None:
     model = TinyNet()
     first = gs.attach(model, gs.SET(0.75, targets="conv*"))
     second = gs.attach(model, gs.DSR(0.5, targets="h*"))
@@ -318,9 +319,11 @@ def test_attaching_other_weights_of_the_same_model_is_allowed() -> None:
     backward(model, 0)
     with pytest.raises(gs.OrderError, match=r"hidden\.weight: has a mask, but no sparsity\.follow"):
         optimizer.step()
+    with pytest.raises(gs.OrderError, match=r"already keeps the masks of another handle; attach all methods at once"):
+        second.follow(optimizer)
+    first.detach()
     second.follow(optimizer)
-    Run(model, [optimizer], first).train(3)
-    assert int(model.conv.weight.count_nonzero()) == 72
+    optimizer.step()
     assert int(model.hidden.weight.count_nonzero() + model.head.weight.count_nonzero()) == 288
 
 
@@ -407,13 +410,34 @@ def test_weights_that_are_nan_stop_the_update_and_leave_the_masks(row: Any) -> N
 
 
 def test_gradients_that_are_nan_stop_growth_by_gradient_and_leave_the_masks() -> None:
-    run = start(gs.RigL(0.75, every=1), optimizer="sgd")
+    run = start(gs.RigL(0.75, every=1, skip_step=False), optimizer="sgd")
     backward(run.model, 0)
     run.model.hidden.weight.grad[~run.sparsity.masks()["hidden.weight"]] = float("nan")
     before = everything(run)["sparsity"]["masks"]
     with pytest.raises(gs.NonFiniteError, match=r"hidden\.weight: its scores contain NaN"):
         run.optimizers[0].step()
     assert everything(run)["sparsity"]["masks"] == before
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.id) for row in METHODS if row.reads_gradients])
+def test_growth_by_gradient_without_any_gradient_is_refused_and_leaves_the_masks(row: Any) -> None:
+    run = start(row).train(1)
+    run.model.zero_grad()
+    before = everything(run)
+    with pytest.raises(gs.ConfigurationError, match=r"no weight has a gradient to grow by; update between backward"):
+        run.sparsity.update()
+    assert everything(run) == before
+
+
+def test_growth_by_gradient_leaves_a_layer_without_gradient_as_it_is() -> None:
+    run = start(gs.RigL(0.75, every=1, skip_step=False), optimizer="sgd")
+    before = run.sparsity.masks()
+    run.model.hidden(torch.ones(1, 32)).sum().backward()
+    run.optimizers[0].step()
+    after = run.sparsity.masks()
+    assert after["conv.weight"].equal(before["conv.weight"])
+    assert after["head.weight"].equal(before["head.weight"])
+    assert not after["hidden.weight"].equal(before["hidden.weight"])
 
 
 @pytest.mark.parametrize(

@@ -256,7 +256,7 @@ def test_the_random_numbers_of_the_user_are_not_touched() -> None:
 
 def test_a_model_without_optimizer_can_be_attached_updated_and_finalized() -> None:
     model = nn.Sequential(nn.Linear(8, 8))
-    sparsity = gs.attach(model, gs.RigL(0.5))
+    sparsity = gs.attach(model, gs.DSR(0.5))
     (update,) = sparsity.update()
     assert update.rows[0]["active"] == 32
     sparsity.finalize()

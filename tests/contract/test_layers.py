@@ -197,7 +197,7 @@ def test_groups_run_along_outputs_and_inputs_of_every_layer(layer: LayerRow, str
 
 def test_a_layer_used_twice_is_pruned_by_its_summed_gradient() -> None:
     layer = next(row for row in LAYERS if row.id == "tied")
-    run = build(layer, gs.RigL(0.75, every=1, skip_step=True))
+    run = build(layer, gs.RigL(0.75, every=1, skip_step=False))
     run.model(layer.input(0)).square().mean().backward()
     before, gradient = run.sparsity.masks()["first.weight"], run.model.first.weight.grad.clone()
     run.optimizers[0].step()

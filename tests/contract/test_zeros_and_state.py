@@ -105,6 +105,8 @@ def test_grown_weights_get_fresh_state_and_no_other_state_is_touched(
     fresh = fresh_state(optimizer, variant)
     seen: dict[str, int] = {"grown": 0, "stale": 0, "weight-shaped": 0}
     before: dict[str, Any] = {}
+    names = {id(parameter): name for name, parameter in run.model.named_parameters()}
+    holder = {names[id(p)]: each for each in run.optimizers for group in each.param_groups for p in group["params"]}
 
     def check(update: gs.MaskUpdate) -> None:
         now = states(run)
@@ -124,7 +126,10 @@ def test_grown_weights_get_fresh_state_and_no_other_state_is_touched(
                 seen["weight-shaped"] += 1
                 expected = fresh[name][key].expand_as(value)
                 assert bits(value)[grown].equal(bits(expected)[grown]), f"{name}: {key} of grown weights is not fresh"
-                assert bits(value)[~grown].equal(bits(was)[~grown]), f"{name}: {key} of other weights was changed"
+                # An optimizer that mixes weights would let the momentum of pruned ones go on moving active ones.
+                others = ~grown & mask if isinstance(holder[name], torch.optim.Muon) else ~grown
+                assert bits(value)[others].equal(bits(was)[others]), f"{name}: {key} of other weights was changed"
+                assert not bits(value)[~mask & ~others].any(), f"{name}: {key} of pruned weights still moves others"
                 seen["stale"] += int((bits(was)[grown] != bits(expected)[grown]).sum())
 
     run.sparsity.on_update(check)

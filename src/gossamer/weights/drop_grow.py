@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gossamer.errors import ConfigurationError
 from gossamer.masks import largest, sample, smallest
 from gossamer.method import Proposal, StateOf
 from gossamer.schedule import Schedule, as_schedule, check_number
@@ -61,9 +62,14 @@ class DropGrow(MaskMethod):
         kept = self._alive()
         active = self._active()
         drops = [int(fraction * count) for count in active]
-        if self.grow_score == "gradient":
+        if self.grow_score is not None and getattr(as_score(self.grow_score), "needs_gradient", False):
             # A layer that took no part in this step (a branch, an expert) has nothing to grow by and keeps its mask.
-            drops = [d if t.parameter.grad is not None else 0 for d, t in zip(drops, self.tensors, strict=True)]
+            trained = [tensor.parameter.grad is not None for tensor in self.tensors]
+            if not any(trained):
+                raise ConfigurationError(
+                    f"{self.name}: no weight has a gradient to grow by; update between backward and zero_grad"
+                )
+            drops = [drop if has else 0 for drop, has in zip(drops, trained, strict=True)]
         if not self.regrow_dropped:
             rooms = [tensor.groups - count for tensor, count in zip(self.tensors, active, strict=True)]
             drops = [min(drop, room) for drop, room in zip(drops, rooms, strict=True)]

@@ -190,7 +190,11 @@ class DSR(MaskMethod):
 
     def state_dict(self) -> dict[str, Any]:
         """See `Method.state_dict`."""
-        return super().state_dict() | {"threshold": self.threshold}
+        return super().state_dict() | {
+            "threshold": self.threshold,
+            "before": list(self._before),
+            "last_pruned": self._last_pruned,
+        }
 
     def check_state(self, state: Mapping[str, Any], active: int) -> None:
         """See `Method.check_state`."""
@@ -200,11 +204,16 @@ class DSR(MaskMethod):
             raise StateError(
                 f"{self.name}: the saved threshold is {threshold!r}, expected a number above 0; the file is damaged"
             )
+        counts = [*(state.get("before") or [None]), state.get("last_pruned")]
+        if len(counts) != len(self.tensors) + 1 or any(type(count) is not int for count in counts):
+            raise StateError(f"{self.name}: the saved counts of the last update are {counts}; the file is damaged")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Method.load_state_dict`."""
         super().load_state_dict(state)
         self.threshold = state["threshold"]
+        self._before = list(state["before"])
+        self._last_pruned = state["last_pruned"]
         self._pruned = None
 
     def _admits(self, active: int, budget: int) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gossamer.distribution import Distribution, Share, allocate, budget
 from gossamer.errors import ConfigurationError, StateError
-from gossamer.masks import MaskedTensor, largest_in_cells, sample
+from gossamer.masks import MaskedTensor, largest_in_cells, refuse_nan, sample
 from gossamer.method import Masks, Method
 from gossamer.schedule import check_integer, check_number
 from gossamer.structure import Structure, as_structure
@@ -248,5 +248,6 @@ class MaskMethod(Method):
             scores = whole[tensor.first_group : tensor.first_group + len(kept)].to(kept.device)
         scores.index_fill_(0, dropped, torch.finfo(scores.dtype).min)
         scores.masked_fill_(kept != 0, -torch.inf)
+        refuse_nan([tensor], [scores])
         missing = kept.view(-1, m).sum(1).add(n)
         return kept - largest_in_cells(scores, missing, m).to(torch.int8)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune as torch_prune
 
+from gossamer import guard
 from gossamer.distribution import Distribution
 from gossamer.errors import ConfigurationError
 from gossamer.masks import enforce
@@ -61,7 +62,9 @@ def prune(
         over=over,
         p=p,
     )
+    guard.check_unwrapped(model)
     method.bind(model, None)
+    guard.check_unclaimed(tensor.parameter for tensor in method.tensors)
     for tensor, alive, active in method.update(method.end, lambda _: {}).changes:
         tensor.set_alive(alive, active)
     return summarize(model, [method])

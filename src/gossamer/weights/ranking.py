@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gossamer.masks import MaskedTensor, count_over_shards, largest, largest_in_cells, smallest
+from gossamer.masks import MaskedTensor, count_over_shards, largest, largest_in_cells, refuse_nan, smallest
 from gossamer.method import StateOf
 from gossamer.scores import Score, group_scores
 
@@ -60,5 +60,6 @@ def _prune_cells(tensor: MaskedTensor, alive: Tensor, count: int, score: Score, 
     m = tensor.structure.cell[1]
     kept = -(-count * m // tensor.groups)
     scores = group_scores(tensor, score, state(tensor), p).masked_fill_(alive == 0, -torch.inf)
+    refuse_nan([tensor], [scores])
     alive.copy_(largest_in_cells(scores, torch.tensor([kept], device=alive.device), m)).neg_()
     return tensor.groups // m * kept
