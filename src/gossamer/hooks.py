@@ -146,8 +146,8 @@ class StepHooks:
             for tensor in tensors:
                 if id(tensor.parameter) not in others:
                     raise OrderError(
-                        f"{tensor.name}: is no longer in the optimizer that sparsity.follow(optimizer) was called "
-                        f"with: it was replaced in the model, or taken out of the optimizer; {guard.ORDER}"
+                        f"{tensor.name}: was replaced after sparsity.follow(optimizer), or taken out of the optimizer, "
+                        f"which no longer trains it; {guard.ORDER}"
                     )
         return mine
 
