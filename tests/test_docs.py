@@ -39,7 +39,11 @@ def test_shell_blocks_of_a_page_are_make_targets_or_commands_that_run(page, tmp_
         elif program:
             assert program == "gossamer", f"{page.name}: {line}"
             done = subprocess.run(
-                [sys.executable, "-m", "gossamer", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300
+                [sys.executable, "-m", "gossamer", *arguments],
+                cwd=tmp_path,
+                capture_output=True,
+                text=True,
+                timeout=300,
             )
             assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
 

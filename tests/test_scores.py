@@ -98,20 +98,46 @@ def test_momentum_of_an_optimizer_that_keeps_none_is_refused():
 
 
 @pytest.mark.parametrize("structure", [Element(), NM(1, 3), Block(2, 3)], ids=str)
-@given(p=st.sampled_from([1.0, 2.0, 3.0]), seed=st.integers(0, 50))
-def test_group_score_is_the_norm_of_the_scores_of_its_weights(structure, p, seed):
+@given(p=st.sampled_from([1.0, 2.0, 3.0]), seed=st.integers(0, 50), name=st.sampled_from(["gradient", "movement"]))
+def test_group_score_is_the_norm_of_the_scores_of_its_weights_or_their_sum_where_signed(structure, p, seed, name):
     tensor = masked(structure=structure, seed=seed)
-    movement = as_score("movement")
-    weights = -tensor.parameter.detach() * tensor.parameter.grad
-    whole = group_scores(tensor, movement, {}, p)
+    score = as_score(name)
+    weights = score(View(tensor, {}))
+    whole = group_scores(tensor, score, {}, p)
     if isinstance(structure, Block):
         blocks = [weights[r : r + 2, c : c + 3] for r in (0, 2) for c in (0, 3)]
-        expected = torch.stack([block.abs().pow(p).sum().pow(1 / p) for block in blocks])
-        torch.testing.assert_close(whole, expected)
+        signed = [block.sum() for block in blocks]
+        norms = [block.abs().pow(p).sum().pow(1 / p) for block in blocks]
+        torch.testing.assert_close(whole, torch.stack(signed if name == "movement" else norms))
     else:
         assert whole.equal(weights.flatten())  # single weights keep their sign
     index = torch.tensor([tensor.groups - 1, 0, 1])
-    assert group_scores(tensor, movement, {}, p, index).equal(whole[index])
+    assert group_scores(tensor, score, {}, p, index).equal(whole[index])
+
+
+def test_blocks_that_training_shrinks_are_worth_less_than_those_it_grows():
+    tensor = masked(structure=Block(2, 3))
+    with torch.no_grad():
+        tensor.parameter.grad.copy_(tensor.parameter)  # a step makes every weight smaller
+        tensor.parameter.grad[:2, :3].neg_()  # but not those of the first block
+    scores = group_scores(tensor, as_score("movement"), {})
+    assert scores[0] > 0
+    assert (scores[1:] < 0).all()
+
+
+@pytest.mark.parametrize("structure", [Element(), NM(1, 3), Block(2, 3)], ids=str)
+def test_ranking_by_the_weights_themselves_does_not_change_them(structure):
+    tensor = masked(structure=structure)
+    before = tensor.parameter.detach().clone()
+    for score in (lambda view: view.weight, lambda view: view.gradient):
+        group_scores(tensor, score, {}).fill_(7.0)
+    assert tensor.parameter.equal(before)
+
+
+@pytest.mark.parametrize("index", [None, torch.tensor([0, 5])], ids=["all", "some"])
+def test_score_of_another_shape_is_refused(index):
+    with pytest.raises(ConfigurationError, match=r"layer.weight: its score has shape \(\), expected \((4, 6|2,)\)"):
+        group_scores(masked(), lambda view: view.weight.sum(), {}, index=index)
 
 
 def test_score_may_be_a_function_of_a_view():

@@ -68,8 +68,8 @@ def test_expand_gives_every_weight_the_value_of_its_group(case):
     assert len({key for keys in members.values() for key in keys}) == groups
 
 
-@given(divided(), st.sampled_from([0.5, 1.0, 2.0, 3.0, math.inf]), st.integers(0, 1000))
-def test_reduce_is_the_norm_over_each_group(case, p, seed):
+@given(divided(), st.sampled_from([0.5, 1.0, 2.0, 3.0, math.inf, None]), st.integers(0, 1000))
+def test_reduce_is_the_norm_or_the_sum_over_each_group(case, p, seed):
     structure, shape, input_dim = case
     scores = scores_of(shape, seed)
     ids = structure.expand(torch.arange(math.prod(shape) // structure.size(shape, input_dim)), shape, input_dim)
@@ -78,6 +78,8 @@ def test_reduce_is_the_norm_over_each_group(case, p, seed):
         collected.setdefault(ids[position].item(), []).append(scores[position].item())
     if structure.size(shape, input_dim) == 1 and not isinstance(structure, Block):
         expected = [collected[i][0] for i in range(len(collected))]  # a single weight keeps its sign
+    elif p is None:
+        expected = [sum(collected[i]) for i in range(len(collected))]
     elif p == math.inf:
         expected = [max(map(abs, collected[i])) for i in range(len(collected))]
     else:
@@ -196,7 +198,7 @@ def test_text_and_structure_are_one(first, second):
 def test_element_is_read_and_written():
     assert as_structure("element") == Element()
     assert str(Element()) == "element"
-    assert (Element().size, Element().cell, Element().row_multiple(0)) == (1, None, 1)
+    assert (Element().size((4, 4), 1), Element().cell, Element().row_multiple(0)) == (1, None, 1)
 
 
 @pytest.mark.parametrize(

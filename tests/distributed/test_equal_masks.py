@@ -24,6 +24,7 @@ def still(parameters):
 VARIATIONS = {
     "accumulated": ("rigl", {"micro_batches": 2}),
     "clipped": ("rigl", {"max_norm": 0.05}),
+    "evaluated": ("rigl-step", {"evaluate": True}),
     "adamw": ("rigl-step", {"optimizer": adamw}),
     "mean second moment": ("set", {"optimizer": adamw, "second_moment": "mean"}),
     "two methods": (None, {}),

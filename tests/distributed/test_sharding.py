@@ -278,7 +278,7 @@ def test_phases_by_hand_are_those_of_one_process(results):
 
 def diverged(_):
     """A gradient that is NaN on the second rank alone: all ranks must stop, and none change its mask."""
-    part = Run(gs.RigL(0.7, every=1), "fsdp")
+    part = Run(gs.RigL(0.7, every=1, skip_step=False), "fsdp")
     part.backward(0)
     before = {name: whole(mask) for name, mask in part.sparsity.masks().items()}
     if torch.distributed.get_rank() == 1:

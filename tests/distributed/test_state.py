@@ -27,6 +27,7 @@ def cases():
         listed[f"two to one {name}"] = lambda _, n=name: half_of(n, "fsdp").full_state()
         listed[f"one to two {name}"] = lambda folder, n=name: continued(n, "fsdp", load_tree(folder / f"{n}.saved"))
     listed["checkpoint"] = sharded_checkpoint
+    listed["evaluated"] = evaluated
     listed["clip"] = clipped
     listed["finalize"] = finalized
     listed["project"] = projected
@@ -149,6 +150,50 @@ def test_packed_masks_are_sharded_by_rows_and_read_back_from_a_distributed_check
     other = run("rigl", "plain", seed=5)
     other.sparsity.load_state_dict(state)
     assert torch.cat([mask.flatten() for mask in other.sparsity.masks().values()]).equal(first["masks"])
+
+
+def evaluated(_):
+    """Everything that reads or writes masks, while the model holds whole weights."""
+    part = run("dsr", "fsdp").train(0, 3)
+    mask, weights = part.masks()[-1], part.weights()
+    part.evaluate()
+    sharded = [isinstance(parameter, DTensor) for parameter in part.wrapped.parameters()]
+    state = part.sparsity.state_dict()
+    part.sparsity.load_state_dict(state)
+    part.sparsity.project(part.model)
+    read = torch.cat([whole(each).flatten() for each in part.sparsity.masks().values()])
+    (update,) = part.sparsity.update()
+    after = torch.cat([whole(each).flatten() for each in part.sparsity.masks().values()])
+    part.sparsity.finalize()
+    part.backward(3)  # FSDP2 gathers the weights anew
+    return {
+        "sharded": sharded,
+        "before": mask,
+        "read": read,
+        "packed": {name: whole(each) for name, each in state["masks"].items()},
+        "active": [sum(row["active"] for row in update.rows), int(after.sum())],
+        "moved": int((after != mask).sum()),
+        "mask": after,
+        "weights": [weights, part.weights()],
+    }
+
+
+def test_masks_are_those_of_the_shards_while_the_model_holds_whole_weights(results):
+    alone = run("dsr", "plain").train(0, 3)
+    packed = alone.sparsity.state_dict()["masks"]
+    (update,) = alone.sparsity.update()
+    expected = torch.cat([mask.flatten() for mask in alone.sparsity.masks().values()])
+    for rank in results["evaluated"]:
+        assert not all(rank["sharded"]), "the forward left all weights sharded, so this test shows nothing"
+        assert rank["read"].equal(rank["before"])
+        assert all(rank["packed"][name].equal(bits) for name, bits in packed.items())
+        assert rank["active"] == [sum(row["active"] for row in update.rows)] * 2
+        assert rank["mask"].equal(expected)
+        assert rank["moved"] > 0
+        before, after = rank["weights"]
+        for name in ("stem", "up", "hidden", "head"):
+            grown = after[f"{name}.weight"] != before[f"{name}.weight"]
+            assert after[f"{name}.weight"][grown].eq(0).all()  # pruned or newly active: zero; all others as they were
 
 
 # -- clipping -------------------------------------------------------------------------------------------------------

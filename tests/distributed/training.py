@@ -110,13 +110,14 @@ class Run:
         optimizer: Callable[..., torch.optim.Optimizer] = momentum,
         micro_batches: int = 1,
         max_norm: float | None = None,
+        evaluate: bool = False,
         seed: int = 0,
         **attach: Any,
     ) -> None:
         torch.manual_seed(seed)
         self.model = network().to(dtype)
         self.inputs, self.dtype = network.inputs, dtype
-        self.micro_batches, self.max_norm = micro_batches, max_norm
+        self.micro_batches, self.max_norm, self.evaluates = micro_batches, max_norm, evaluate
         self.sparsity = gs.attach(self.model, method, **attach)
         self.wrapped = wrap(self.model, wrapper)
         self.shards = 1 if wrapper == "plain" else dist.get_world_size()
@@ -148,6 +149,11 @@ class Run:
             with self._gradients_stay_local(i + 1 < len(parts)):
                 loss = (self.wrapped(inputs) - wanted).square().mean() / len(parts)
                 loss.backward()
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        """A forward without a backward, after which FSDP2 leaves whole weights in the model."""
+        self.wrapped(self.batch(0)[0])
 
     @contextlib.contextmanager
     def _gradients_stay_local(self, local: bool) -> Iterator[None]:
@@ -190,6 +196,8 @@ class Run:
         after = [parameter.grad for parameter in self.wrapped.parameters()]
         self.gradients_kept &= all(a is b for a, b in zip(gradients, after, strict=True))
         self.optimizer.zero_grad()
+        if self.evaluates:
+            self.evaluate()
         if self.sparsity.step % self.every == 0:
             self._masks.append(self.sparsity.masks())
 
