@@ -101,11 +101,13 @@ def _refuse_unfollowed(optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs
     if _passed.get(optimizer) == state:
         return
     following = [keeper for keeper in _live if any(optimizer is each for each in keeper.optimizers)]
-    kept = {tensor.name for keeper in following for tensor in keeper.tensors()}
+    kept = {id(tensor.parameter): tensor.name for keeper in following for tensor in keeper.tensors()}
     masked = {id(tensor.parameter): tensor.name for keeper in _live for tensor in keeper.tensors()}
     for parameter in held:
-        name = masked.get(id(parameter), _names.get(parameter))
-        if name is not None and name not in kept:
+        name = masked.get(id(parameter))
+        if name is None and (earlier := _names.get(parameter)) not in kept.values():
+            name = earlier  # of a dropped handle; one that a living handle lost is named better by its hook
+        if name is not None and id(parameter) not in kept:
             raise OrderError(f"{name}: has a mask, but no sparsity.follow(optimizer) was called; {ORDER}")
     if isinstance(optimizer.defaults, FollowedDefaults) and not following:
         raise OrderError(
