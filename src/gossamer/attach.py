@@ -155,6 +155,10 @@ class Sparsity:
                 part = local(gradient).clone()
                 enforce(part, tensor.mask)
                 gradient = tensor.distribute(part)
+            if isinstance(gradient, DTensor) and not len(local(gradient)):
+                # A rank that holds no rows has no largest gradient; torch refuses where a zero changes no norm.
+                zero = local(gradient).new_zeros(1)
+                gradient = DTensor.from_local(zero, gradient.device_mesh, gradient.placements, run_check=False)
             gradients.append(gradient)
         norm = nn.utils.get_total_norm(gradients, norm_type, error_if_nonfinite)
         if isinstance(norm, DTensor):

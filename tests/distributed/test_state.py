@@ -200,14 +200,19 @@ def test_masks_are_those_of_the_shards_while_the_model_holds_whole_weights(resul
 
 NORMS = (2.0, 1.0, torch.inf)
 LIMIT = 0.01
+CLIPPED = ("set", "set block:2x2")  # in the first, one rank holds nothing of the head
 
 
 def clipped(_):
-    return {wrapper: [norms_and_gradients(wrapper, order) for order in NORMS] for wrapper in ("ddp", "fsdp")}
+    return {
+        f"{wrapper} {name}": [norms_and_gradients(name, wrapper, order) for order in NORMS]
+        for wrapper in ("ddp", "fsdp")
+        for name in CLIPPED
+    }
 
 
-def norms_and_gradients(wrapper, order):
-    part = run("set block:2x2", wrapper)
+def norms_and_gradients(name, wrapper, order):
+    part = run(name, wrapper)
     part.backward(0)
     norm = part.sparsity.clip_grad_norm_(LIMIT, norm_type=order)
     assert not isinstance(norm, DTensor)
@@ -216,8 +221,9 @@ def norms_and_gradients(wrapper, order):
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp"])
 @pytest.mark.parametrize("order", NORMS)
-def test_clipping_counts_active_weights_over_all_ranks(results, wrapper, order):
-    one = run("set block:2x2", "plain")
+@pytest.mark.parametrize("name", CLIPPED)
+def test_clipping_counts_active_weights_over_all_ranks(results, wrapper, name, order):
+    one = run(name, "plain")
     one.backward(0)
     before = {name: whole(parameter.grad) for name, parameter in names(one.wrapped).items()}
     masks = one.sparsity.masks()
@@ -225,10 +231,10 @@ def test_clipping_counts_active_weights_over_all_ranks(results, wrapper, order):
     expected = torch.linalg.vector_norm(counted, order)
     assert expected > LIMIT
     for rank in results["clip"]:
-        found = rank[wrapper][NORMS.index(order)]
+        found = rank[f"{wrapper} {name}"][NORMS.index(order)]
         torch.testing.assert_close(found["norm"], expected, rtol=1e-9, atol=0)
-        for name, gradient in before.items():  # those of pruned weights are scaled with the others
-            torch.testing.assert_close(found["gradients"][name], gradient * LIMIT / (expected + 1e-6))
+        for key, gradient in before.items():  # those of pruned weights are scaled with the others
+            torch.testing.assert_close(found["gradients"][key], gradient * LIMIT / (expected + 1e-6))
 
 
 # -- the end --------------------------------------------------------------------------------------------------------
