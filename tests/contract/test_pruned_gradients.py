@@ -209,3 +209,36 @@ def test_every_method_updates_from_the_gradients_of_the_closure(method: MethodRo
 
         closed.optimizers[0].step(closure)
         assert everything(closed) == everything(plain)
+
+
+class Extrapolated(optim.SGD):
+    """Looks ahead before it steps, and so evaluates its closure twice (the extragradient method)."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> torch.Tensor:
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        start = [p.clone() for p in parameters]
+        for last in (False, True):
+            with torch.enable_grad():
+                loss = closure()
+            for p, was in zip(parameters, start, strict=True):
+                if p.grad is not None:
+                    p.copy_(was - 0.1 * p.grad)
+            if last:
+                return loss
+        raise AssertionError
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.id) for row in METHODS])
+def test_an_optimizer_that_evaluates_its_closure_twice_counts_one_step_and_keeps_zeros(row: MethodRow) -> None:
+    model = TinyNet()
+    optimizer = Extrapolated(model.parameters(), lr=0.1)
+    run = Run(model, [optimizer], gs.attach(model, row.make(), optimizer))
+    told: list[int] = []
+    run.sparsity.on_update(lambda update: told.append(update.step))
+    for step in range(5):
+        optimizer.step(lambda step=step: backward(model, step))
+        for _, weight, mask in weights(model, run.sparsity.masks()):
+            assert not bits(weight)[~mask].any()
+    assert run.sparsity.step == 5
+    assert told == ([] if row.method is gs.Static else [2, 4])
