@@ -218,6 +218,21 @@ def test_one_optimizer_of_several_may_rest() -> None:
     assert run.sparsity.step == 6
 
 
+def test_of_several_optimizers_each_leaves_out_one_step_at_an_update() -> None:
+    """The second steps twice for each step of the first: an update withholds only the first of the two."""
+    run = start(gs.RigL(0.75, every=3, skip_step=True), optimizer="muon+adamw")
+    muon, adamw = run.optimizers
+    moved = []
+    for step in range(6):
+        backward(run.model, step)
+        muon.step()
+        for _ in range(2):
+            bias = run.model.head.bias.detach().clone()
+            adamw.step()
+            moved.append(not run.model.head.bias.equal(bias))
+    assert moved == [True, True, True, True, False, True] * 2
+
+
 # -- training in parts and wrappers ------------------------------------------------------------------------------------
 
 

@@ -261,3 +261,19 @@ def test_weights_larger_than_any_cache_are_masked_to_the_last_element(
     optimizer.step()
     assert not bits(layer.weight)[~mask].any()
     assert layer.weight[mask].equal(kept)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (8, 1)])
+def test_factored_state_that_happens_to_have_the_shape_of_the_weight_is_left_alone(shape: tuple[int, int]) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(*shape))
+    optimizer = torch.optim.Adafactor(model.parameters(), lr=0.01)
+    sparsity = gs.attach(model, gs.SET(0.5, every=10**6, drop_fraction=0.5), optimizer)
+    x = torch.ones(4, shape[0])
+    model(x).square().sum().backward()
+    optimizer.step()
+    state = optimizer.state[model[0].weight]
+    before = copy.deepcopy(state)
+    (update,) = sparsity.update()
+    assert update.rows[0]["grown"] == 2
+    assert any(state[key].shape == model[0].weight.shape for key in ("row_var", "col_var"))
+    assert all(value is before[key] or bits(value).equal(bits(before[key])) for key, value in state.items())
