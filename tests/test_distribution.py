@@ -5,12 +5,17 @@ from decimal import Decimal
 from fractions import Fraction
 
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from torch import nn
 
-from gossamer.distribution import NAMES, Share, active_weights, allocate, apportion, apportion_groups, budget
+from gossamer.distribution import NAMES, active_weights, allocate, apportion, apportion_groups, budget
 from gossamer.errors import ConfigurationError
+from gossamer.groups import Groups
+from gossamer.masks import MaskedTensor
 from gossamer.structure import NM, Block, Element
+from gossamer.targets import Target
 
 DECIMALS = st.integers(0, 9999).map(lambda n: n / 10000)
 SPARSITIES = st.one_of(st.sampled_from([0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995]), DECIMALS)
@@ -20,8 +25,15 @@ SHAPES = st.one_of(
 )
 
 
+def share(name, shape, structure=None):
+    """The groups of a weight without storage."""
+    owner = nn.Module()
+    owner.weight = nn.Parameter(torch.empty(shape, device="meta"))
+    return Groups(MaskedTensor(Target(name, owner, "weight", 1), structure or Element()))
+
+
 def shares_of(shapes, structure=None):
-    return [Share(f"layers.{i}.weight", shape, structure or Element()) for i, shape in enumerate(shapes)]
+    return [share(f"layers.{i}.weight", shape, structure) for i, shape in enumerate(shapes)]
 
 
 # -- budgets --------------------------------------------------------------------------------------------------------
@@ -49,7 +61,7 @@ def test_two_definitions_of_sparsity_differ_by_what_stays_dense(over, active):
 @given(SPARSITIES, st.lists(SHAPES, min_size=1, max_size=5), st.integers(0, 500))
 def test_budget_over_all_leaves_room_for_dense_parameters(sparsity, shapes, dense):
     shares = shares_of(shapes)
-    total = sum(share.weights for share in shares)
+    total = sum(share.total * share.size for share in shares)
     assert budget(sparsity, shares, total + dense, "targets") == active_weights(sparsity, total)
     left = math.floor((total + dense) * (1 - Decimal(str(sparsity)))) - dense
     if left < len(shares):
@@ -97,14 +109,14 @@ def float_split(distribution, shapes, active):
 @given(st.sampled_from(["uniform", "er", "erk"]), st.lists(SHAPES, min_size=1, max_size=6), SPARSITIES)
 def test_split_agrees_with_a_float_computation_within_one_weight(distribution, shapes, sparsity):
     shares = shares_of(shapes)
-    active = active_weights(sparsity, sum(share.weights for share in shares))
+    active = active_weights(sparsity, sum(share.total * share.size for share in shares))
     quotas = float_split(distribution, shapes, active)
     assume(min(quotas) >= 1)  # smaller ones are raised to one weight, which takes from the others
     counts = allocate(distribution, shares, active)
     assert sum(counts) == active
     for count, quota, share in zip(counts, quotas, shares, strict=True):
         assert abs(count - quota) < 1 + 1e-6
-        assert count <= share.weights
+        assert count <= share.total * share.size
 
 
 def test_erk_densities_of_a_small_network_are_as_computed_by_hand():
@@ -134,7 +146,7 @@ def test_split_into_blocks_is_the_largest_number_of_whole_groups(distribution, s
     structure = Block(*block)
     shapes = [(shape[0] * block[0], shape[1] * block[1], *shape[2:]) for shape in shapes]
     shares = shares_of(shapes, structure)
-    active = active_weights(sparsity, sum(share.weights for share in shares))
+    active = active_weights(sparsity, sum(share.total * share.size for share in shares))
     size = block[0] * block[1]
     if active // size < len(shares):
         with pytest.raises(ConfigurationError, match=rf"{active} active weights are fewer than one group for each"):
@@ -142,7 +154,7 @@ def test_split_into_blocks_is_the_largest_number_of_whole_groups(distribution, s
         return
     counts = allocate(distribution, shares, active)
     assert sum(counts) == active // size
-    assert all(1 <= count <= share.groups for count, share in zip(counts, shares, strict=True))
+    assert all(1 <= count <= share.total for count, share in zip(counts, shares, strict=True))
 
 
 @given(st.sampled_from(["uniform", "er", "erk"]), st.lists(SHAPES, min_size=1, max_size=6))

@@ -24,7 +24,7 @@ def blocks(page: Path, language: str) -> list[str]:
 def test_python_blocks_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with torch.random.fork_rng():
-        names: dict[str, object] = {"__name__": page.stem}
+        names: dict[str, object] = {"__name__": "__main__"}
         for number, block in enumerate(blocks(page, "python"), 1):
             exec(compile(block, f"{page.name}, block {number}", "exec"), names)
 

@@ -8,6 +8,7 @@ from torch import nn
 
 import gossamer as gs
 from gossamer.errors import ConfigurationError
+from gossamer.groups import Groups
 from gossamer.masks import MaskedTensor
 from gossamer.scores import SCORES, View, as_score, group_scores
 from gossamer.structure import NM, Block, Element
@@ -65,7 +66,7 @@ def test_score_by_a_gradient_that_is_missing_is_refused(name):
     with pytest.raises(
         ConfigurationError, match=r"layer.weight: has no gradient, which its score needs: it took no part"
     ):
-        group_scores(masked(with_gradient=False), as_score(name), {})
+        group_scores(Groups(masked(with_gradient=False)), as_score(name), {})
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def test_momentum_of_an_optimizer_that_keeps_none_is_refused():
     with pytest.raises(
         ConfigurationError, match=r"layer.weight: score 'momentum' needs .* the state here has \['square_avg'"
     ):
-        group_scores(tensor, as_score("momentum"), optimizer.state[tensor.parameter])
+        group_scores(Groups(tensor), as_score("momentum"), optimizer.state[tensor.parameter])
 
 
 @pytest.mark.parametrize("structure", [Element(), NM(1, 3), Block(2, 3)], ids=str)
@@ -103,7 +104,7 @@ def test_group_score_is_the_norm_of_the_scores_of_its_weights_or_their_sum_where
     tensor = masked(structure=structure, seed=seed)
     score = as_score(name)
     weights = score(View(tensor, {}))
-    whole = group_scores(tensor, score, {}, p)
+    whole = group_scores(Groups(tensor), score, {}, p)
     if isinstance(structure, Block):
         blocks = [weights[r : r + 2, c : c + 3] for r in (0, 2) for c in (0, 3)]
         signed = [block.sum() for block in blocks]
@@ -111,8 +112,8 @@ def test_group_score_is_the_norm_of_the_scores_of_its_weights_or_their_sum_where
         torch.testing.assert_close(whole, torch.stack(signed if name == "movement" else norms))
     else:
         assert whole.equal(weights.flatten())  # single weights keep their sign
-    index = torch.tensor([tensor.groups - 1, 0, 1])
-    assert group_scores(tensor, score, {}, p, index).equal(whole[index])
+    index = torch.tensor([Groups(tensor).total - 1, 0, 1])
+    assert group_scores(Groups(tensor), score, {}, p, index).equal(whole[index])
 
 
 def test_blocks_that_training_shrinks_are_worth_less_than_those_it_grows():
@@ -120,7 +121,7 @@ def test_blocks_that_training_shrinks_are_worth_less_than_those_it_grows():
     with torch.no_grad():
         tensor.parameter.grad.copy_(tensor.parameter)  # a step makes every weight smaller
         tensor.parameter.grad[:2, :3].neg_()  # but not those of the first block
-    scores = group_scores(tensor, as_score("movement"), {})
+    scores = group_scores(Groups(tensor), as_score("movement"), {})
     assert scores[0] > 0
     assert (scores[1:] < 0).all()
 
@@ -130,14 +131,14 @@ def test_ranking_by_the_weights_themselves_does_not_change_them(structure):
     tensor = masked(structure=structure)
     before = tensor.parameter.detach().clone()
     for score in (lambda view: view.weight, lambda view: view.gradient):
-        group_scores(tensor, score, {}).fill_(7.0)
+        group_scores(Groups(tensor), score, {}).fill_(7.0)
     assert tensor.parameter.equal(before)
 
 
 @pytest.mark.parametrize("index", [None, torch.tensor([0, 5])], ids=["all", "some"])
 def test_score_of_another_shape_is_refused(index):
     with pytest.raises(ConfigurationError, match=r"layer.weight: its score has shape \(\), expected \((4, 6|2,)\)"):
-        group_scores(masked(), lambda view: view.weight.sum(), {}, index=index)
+        group_scores(Groups(masked()), lambda view: view.weight.sum(), {}, index=index)
 
 
 def test_score_may_be_a_function_of_a_view():
@@ -148,7 +149,7 @@ def test_score_may_be_a_function_of_a_view():
     assert as_score(distance_to_one) is distance_to_one
     tensor = masked()
     expected = -(tensor.parameter.detach() - 1).abs().flatten()
-    assert group_scores(tensor, distance_to_one, {}).equal(expected)
+    assert group_scores(Groups(tensor), distance_to_one, {}).equal(expected)
 
 
 def test_unknown_score_lists_the_known():

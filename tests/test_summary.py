@@ -67,7 +67,7 @@ def test_tied_weight_counts_once_in_both_totals():
 def test_summary_is_json():
     _, sparsity = attached()
     summary = sparsity.summary()
-    assert json.loads(json.dumps(summary.as_dict())) == {"rows": summary.rows, "totals": summary.totals}
+    assert json.loads(json.dumps(summary.as_dict())) == {"rows": summary.rows, "totals": summary.totals, "learned": []}
 
 
 def test_text_has_every_tensor_and_both_totals():

@@ -7,6 +7,7 @@ module with the same keys.
 from __future__ import annotations
 
 import copy
+import logging
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,6 +24,8 @@ from gossamer.masks import enforce, pack, rows_like
 from gossamer.method import Masks, MaskUpdate, Method
 from gossamer.summary import Summary, summarize
 from gossamer.targets import closest, local, plain_name
+
+logger = logging.getLogger(__name__)
 
 
 def attach(
@@ -293,20 +296,23 @@ class Sparsity:
 
         The masks of sharded weights are DTensors, sharded alike; the world size may be another when they are loaded.
         """
-        return state.save(self.methods, self.step, self._hooks.frozen)
+        return state.save(self.methods, self.step, self._hooks.frozen, self._hooks.second_moment)
 
     @torch.no_grad()
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave; pruned weights are set to 0.
 
         Load the model's and the optimizer's state as well, in any order. Newly active weights keep the value and the
-        optimizer state that were loaded.
+        optimizer state that were loaded. Arguments that steer what comes, such as a drop fraction, may be others than
+        the saved ones; each difference is logged as a warning.
 
         Raises:
             StateError: The state is not of this format, or of other methods, tensors, shapes or budgets.
         """
         self._require_attached()
         state.check(self.methods, saved)
+        for line in state.differences(self.methods, saved, self._hooks.second_moment):
+            logger.warning("%s; the run is not the one that was stopped", line)
         state.restore(self.methods, saved)
         self._hooks.step = int(saved["step"])
         self._hooks.frozen = bool(saved["frozen"])

@@ -9,13 +9,12 @@ biases, norms and every other dense parameter use up part of the budget). The tw
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from math import floor, prod
+from typing import Protocol
 
 from gossamer.errors import ConfigurationError
 from gossamer.schedule import check_number
-from gossamer.structure import Structure
 from gossamer.targets import closest, matches
 
 NAMES = ("uniform", "er", "erk", "global")
@@ -24,29 +23,33 @@ NAMES = ("uniform", "er", "erk", "global")
 Distribution = str | Mapping[str, float]
 
 
-@dataclass(frozen=True)
-class Share:
-    """What the split needs to know of one tensor: its name, its (global) shape and how it is divided into groups."""
-
-    name: str
-    shape: tuple[int, ...]
-    structure: Structure
-    input_dim: int = 1
+class Share(Protocol):
+    """What the split needs to know of one tensor; a `gossamer.groups.Groups` is one."""
 
     @property
-    def weights(self) -> int:
-        """Number of weights."""
-        return prod(self.shape)
+    def name(self) -> str:
+        """The parameter's name."""
+        ...
 
     @property
-    def groups(self) -> int:
-        """Number of groups."""
-        return self.weights // self.group_size
+    def shape(self) -> tuple[int, ...]:
+        """Its global shape."""
+        ...
 
     @property
-    def group_size(self) -> int:
+    def total(self) -> int:
+        """Number of its groups."""
+        ...
+
+    @property
+    def size(self) -> int:
         """Number of weights in a group."""
-        return self.structure.size(self.shape, self.input_dim)
+        ...
+
+    @property
+    def cell(self) -> tuple[int, int] | None:
+        """(N, M) where N of every M consecutive groups live, else `None`."""
+        ...
 
 
 def active_weights(sparsity: float, total: int) -> int:
@@ -73,7 +76,7 @@ def budget(sparsity: float, shares: Sequence[Share], all_parameters: int, over: 
     Raises:
         ConfigurationError: An unknown `over`, or dense parameters that alone exceed the budget.
     """
-    total = sum(share.weights for share in shares)
+    total = sum(prod(share.shape) for share in shares)
     if over == "targets":
         return active_weights(sparsity, total)
     if over != "all":
@@ -123,20 +126,20 @@ def allocate(distribution: Distribution, shares: Sequence[Share], active: int) -
             f"distribution: got {distribution!r}; allowed are {', '.join(map(repr, NAMES))}, or a mapping of globs to "
             "sparsities" + closest(str(distribution), NAMES)
         )
-    cells = [share.structure.cell for share in shares]
+    cells = [share.cell for share in shares]
     if any(cells):
-        return [share.groups * cell[0] // cell[1] for share, cell in zip(shares, cells, strict=True) if cell]
+        return [share.total * cell[0] // cell[1] for share, cell in zip(shares, cells, strict=True) if cell]
     if distribution == "uniform":
-        weights = [Fraction(share.weights) for share in shares]
+        weights = [Fraction(prod(share.shape)) for share in shares]
     else:
-        weights = [_erdos_renyi(share.shape, kernel=distribution == "erk") * share.weights for share in shares]
-    sizes = [share.group_size for share in shares]
+        weights = [_erdos_renyi(share.shape, kernel=distribution == "erk") * prod(share.shape) for share in shares]
+    sizes = [share.size for share in shares]
     if active < sum(sizes):
         raise ConfigurationError(
             f"{active} active weights are fewer than one group for each of the {len(shares)} tensors "
             f"({shares[0].name}, …), which take {sum(sizes)}; choose a lower sparsity or fewer targets"
         )
-    return apportion_groups(active, weights, [share.groups for share in shares], sizes, least=1)
+    return apportion_groups(active, weights, [share.total for share in shares], sizes, least=1)
 
 
 def apportion_groups(
@@ -233,17 +236,17 @@ def _explicit(distribution: Mapping[str, float], shares: Sequence[Share]) -> lis
             )
         used.add(pattern)
         check_number(f"distribution[{pattern!r}]", distribution[pattern], 0, 1, open_high=True)
-        groups = active_weights(distribution[pattern], share.weights) // share.group_size
+        groups = active_weights(distribution[pattern], prod(share.shape)) // share.size
         if groups < 1:
             raise ConfigurationError(
                 f"distribution[{pattern!r}]={distribution[pattern]} leaves no active group in {share.name} "
-                f"({share.groups} groups); choose a lower sparsity"
+                f"({share.total} groups); choose a lower sparsity"
             )
-        cell = share.structure.cell
-        if cell is not None and groups * cell[1] != share.groups * cell[0]:
+        cell = share.cell
+        if cell is not None and groups * cell[1] != share.total * cell[0]:
             raise ConfigurationError(
                 f"distribution[{pattern!r}]={distribution[pattern]} disagrees with {share.name}, whose structure "
-                f"{share.structure} has sparsity {1 - cell[0] / cell[1]:g}; give that, or another distribution"
+                f"{cell[0]}:{cell[1]} has sparsity {1 - cell[0] / cell[1]:g}; give that, or another distribution"
             )
         counts.append(groups)
     if unused := [glob for glob in distribution if glob not in used]:

@@ -33,6 +33,7 @@ class StepHooks:
         optimizers: The optimizers followed.
         attached: Whether masks are to be kept; `release` ends it.
         frozen: Whether updates that are due are left out.
+        second_moment: Where Adam's second moment starts for weights that begin anew.
         callbacks: Called after every update; not part of copies and pickles.
     """
 
@@ -42,7 +43,7 @@ class StepHooks:
         self.frozen = False
         self.callbacks: list[Callable[[MaskUpdate], object]] = []
         self._methods = methods
-        self._second_moment = second_moment
+        self.second_moment = second_moment
         self._handles: list[RemovableHandle] = []
         self._step = 0
         self._overflows: Tensor | None = None
@@ -94,7 +95,7 @@ class StepHooks:
         self.frozen = frozen
 
     def commit(self, proposals: Sequence[tuple[Method, Proposal]]) -> list[MaskUpdate]:
-        """Put new masks in force, give grown weights fresh optimizer state, then tell the callbacks."""
+        """Put new masks in force, give weights that begin anew fresh optimizer state, then tell the callbacks."""
         updates = [self._apply(method, proposal) for method, proposal in proposals]
         for update in updates:
             for callback in self.callbacks:
@@ -102,16 +103,16 @@ class StepHooks:
         return updates
 
     def _apply(self, method: Method, proposal: Proposal) -> MaskUpdate:
-        tensors = [tensor for tensor, _, _ in proposal.changes]
+        tensors = [change.tensor for change in proposal.changes]
         before = [tensor.active for tensor in tensors]
-        grown = []
-        for tensor, alive, active in proposal.changes:
-            new = tensor.set_alive(alive, active)
+        counts = []
+        for tensor, change in zip(tensors, proposal.changes, strict=True):
+            grown, begun = tensor.apply(change)
             optimizer, group = self._holder(tensor)
             if optimizer is not None and (state := optimizer.state.get(tensor.parameter)):
                 mixes = not optimizers.is_elementwise(optimizer)
-                optimizers.refresh(tensor, new, group, state, mixes, self._second_moment)
-            grown.append(new.count_nonzero())
+                optimizers.refresh(tensor, begun, group, state, mixes, self.second_moment)
+            counts.append(grown.count_nonzero())
         rows = [
             {
                 "name": tensor.name,
@@ -120,7 +121,7 @@ class StepHooks:
                 "active": tensor.active,
                 "total": tensor.weights,
             }
-            for tensor, was, more in zip(tensors, before, count_over_shards(tensors, grown), strict=True)
+            for tensor, was, more in zip(tensors, before, count_over_shards(tensors, counts), strict=True)
         ]
         return MaskUpdate(self.step, method.name, rows, proposal.extras)
 

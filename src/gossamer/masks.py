@@ -1,19 +1,19 @@
-"""Masks: storage, exact enforcement, and the choice of exactly k weights.
+"""Masks: storage, exact enforcement, and their sharding.
 
 A mask is an int8 tensor of its weight's shape, −1 where the weight is active and 0 where it is pruned. Read as an
 integer of the weight's own width, −1 is all ones, so a bitwise *and* leaves active weights as they are and makes
 pruned ones +0.0 whatever they were: negative zero, infinity and NaN included, which a product would keep. One byte
 a weight, no second copy, one pass.
 
-The choice functions work on the groups of a structure (see `gossamer.structure`), one flat vector a tensor, and
-on all tensors of a method at once, so that sharded weights need a fixed small number of collectives whatever the
-number of tensors. Ranks exchange counts and histograms, never weights.
+Masks are about single weights; which weights live or die together, and how they are ranked, is in `gossamer.groups`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -21,13 +21,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from gossamer.errors import ConfigurationError, NonFiniteError
+from gossamer.errors import ConfigurationError
 from gossamer.structure import Structure
 from gossamer.targets import Target, local
 
-_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""The integer type of so many bytes, for work on the bits of a number."""
+
 _CHUNK = 1 << 19  # weights a part
-_DIGIT = 11  # bits a histogram resolves at once: 2,048 bins, three rounds for float32
 
 
 class MaskedTensor:
@@ -35,12 +36,13 @@ class MaskedTensor:
 
     Attributes:
         target: The weight, found by its owner, so that a replaced Parameter is seen.
-        structure: How the weight is divided into groups.
+        structure: Which of its weights live or die together.
         shape: The weight's global shape.
-        group_size: Number of weights in a group.
-        groups: Number of groups of the global weight.
+        weights: Number of weights of the global weight.
         mask: int8 mask (−1 active, 0 pruned) of the part of the weight that this rank holds.
         active: Number of active weights of the global weight.
+        process_group: The ranks that share the weight; `None` where each holds all of it.
+        first_row: The first row of the global weight that this rank holds.
     """
 
     def __init__(self, target: Target, structure: Structure) -> None:
@@ -50,23 +52,16 @@ class MaskedTensor:
         self.structure = structure
         self.shape = tuple(parameter.shape)
         self.weights = parameter.numel()
-        self.group_size = structure.size(self.shape, target.input_dim)
-        self.groups = self.weights // self.group_size
         self.mask = torch.full_like(parameter, -1, dtype=torch.int8, requires_grad=False)
         self.active = self.weights
         self.process_group: dist.ProcessGroup | None = None
-        self.first_group = 0
+        self.first_row = 0
         self._sharded: nn.Parameter | None = None
 
     @property
     def name(self) -> str:
         """The parameter's name."""
         return self.target.name
-
-    @property
-    def active_groups(self) -> int:
-        """Number of active groups of the global weight."""
-        return self.active // self.group_size
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -82,31 +77,25 @@ class MaskedTensor:
         """The dimension that runs over inputs."""
         return self.target.input_dim
 
-    def alive(self) -> Tensor:
-        """A copy of the mask of this rank's groups, −1 active and 0 pruned, shape (groups on this rank,)."""
-        return self.structure.collapse(self.mask, self.input_dim)
-
-    def set_alive(self, alive: Tensor, active_groups: int) -> Tensor:
-        """Replace the mask; weights that were or become pruned are set to 0.
-
-        Args:
-            alive: Mask of this rank's groups, shape (groups on this rank,).
-            active_groups: Number of active groups of the global weight.
+    def apply(self, change: Change) -> tuple[Tensor, Tensor]:
+        """Put a new mask in force. Pruned weights become 0, newly active and renewed ones start at the change's values.
 
         Returns:
-            int8 mask of this rank's weights, −1 where a weight is newly active.
+            int8 masks of this rank's weights, −1 where a weight is newly active, and where one is newly active or
+            renewed.
         """
-        new = self.structure.expand(alive, self.mask.shape, self.input_dim)
+        grown = self.mask.bitwise_not().bitwise_and_(change.mask)
+        begun = grown if change.renewed is None else grown | (change.renewed & change.mask)
         weight = local(self.parameter)
-        enforce(weight, new)
-        enforce(weight, self.mask)
-        grown = self.mask.bitwise_not().bitwise_and_(new)
-        self.mask.copy_(new)
-        self.active = active_groups * self.group_size
-        return grown
+        enforce(weight, change.mask ^ begun)
+        if change.values is not None:
+            weight.copy_(torch.where(begun != 0, change.values, weight))
+        self.mask.copy_(change.mask)
+        self.active = change.active
+        return grown, begun
 
     def sharding(self) -> tuple[dist.ProcessGroup | None, int]:
-        """How the weight is sharded now: the ranks that share it (None where it is whole) and this rank's first group.
+        """How the weight is sharded now: the ranks that share it (None where it is whole) and this rank's first row.
 
         Raises:
             ConfigurationError: The weight is sharded in a way that splits groups, or over several mesh dimensions; on
@@ -133,24 +122,24 @@ class MaskedTensor:
         rank = dist.get_rank(group)
         rows = torch.zeros(dist.get_world_size(group), dtype=torch.int64)
         rows[rank] = len(local(parameter))
-        rows = _all_reduce(rows, group, local(parameter).device)
+        rows = sum_over_ranks(rows, group, local(parameter).device)
         multiple = self.structure.row_multiple(self.input_dim)
         if (rows % multiple).any():
             raise ConfigurationError(
                 f"{self.name}: structure {self.structure} needs shards of a multiple of {multiple} rows, but the ranks "
                 f"hold {rows.tolist()} of its {self.shape[0]} rows; shard over fewer ranks, or exclude this weight"
             )
-        return group, int(rows[:rank].sum()) * self.groups // self.shape[0]
+        return group, int(rows[:rank].sum())
 
-    def follow_sharding(self, process_group: dist.ProcessGroup | None, first_group: int) -> None:
+    def follow_sharding(self, process_group: dist.ProcessGroup | None, first_row: int) -> None:
         """Keep of the mask what belongs to this rank, in the layout and on the device of the weight as it is now.
 
         Args:
             process_group: As `sharding` found it.
-            first_group: Likewise.
+            first_row: Likewise.
         """
         mask = self.mask if self.process_group is not None else rows_like(self.mask, self.parameter)
-        self.process_group, self.first_group = process_group, first_group
+        self.process_group, self.first_row = process_group, first_row
         self._sharded = self.parameter if isinstance(self.parameter, DTensor) else None
         self.mask = torch.empty_like(local(self.parameter), dtype=torch.int8).copy_(mask)
         enforce(local(self.parameter), self.mask)
@@ -166,6 +155,51 @@ class MaskedTensor:
             part, parameter.device_mesh, parameter.placements, run_check=False, shape=shape, stride=stride
         )
 
+    def pack(self, mask: Tensor) -> Tensor:
+        """A mask of this rank's weights as bits, sharded as the weight is; see the function `pack`."""
+        return self.distribute(pack(mask))
+
+    def has_packed(self, value: object) -> bool:
+        """Whether this can be a packed mask of the whole weight."""
+        return isinstance(value, Tensor) and tuple(value.shape) == self.packed_shape and value.dtype == torch.uint8
+
+    @property
+    def packed_shape(self) -> tuple[int, int]:
+        """Shape of a packed mask of the whole weight."""
+        return self.shape[0], -(-(self.weights // self.shape[0]) // 8)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """This rank's part of a packed mask of the whole weight, int8."""
+        return unpack(rows_like(packed, self.parameter).to(self.mask.device), self.mask.shape)
+
+
+@dataclass(eq=False)
+class Change:
+    """A new mask of one tensor, not yet in force.
+
+    Attributes:
+        tensor: The tensor.
+        mask: int8 mask (−1 active, 0 pruned) of this rank's part of the weight, in its shape.
+        active: Number of active weights of the global weight.
+        renewed: int8 mask, −1 where a weight that stays active is to begin anew, as a newly active one does.
+        values: What newly active and renewed weights start from, in the weight's shape; 0 where there are none.
+    """
+
+    tensor: MaskedTensor
+    mask: Tensor
+    active: int
+    renewed: Tensor | None = None
+    values: Tensor | None = None
+
+
+class Shared(Protocol):
+    """What ranks may share the parts of."""
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The ranks that share it; `None` where each holds all of it."""
+        ...
+
 
 def rows_like(values: Tensor, parameter: Tensor) -> Tensor:
     """This rank's part of values that are whole or sharded in any way, sharded as the parameter is."""
@@ -180,7 +214,7 @@ def rows_like(values: Tensor, parameter: Tensor) -> Tensor:
 
 def enforce(tensor: Tensor, mask: Tensor) -> None:
     """Make `tensor` exactly +0.0 where the int8 `mask` is 0, in place; NaN, infinity and −0.0 too."""
-    bits = tensor.view(_INTEGER[tensor.element_size()])
+    bits = tensor.view(INTEGER[tensor.element_size()])
     if bits.device.type != "cpu" or bits.numel() <= _CHUNK:
         bits.bitwise_and_(mask)
         return
@@ -188,116 +222,6 @@ def enforce(tensor: Tensor, mask: Tensor) -> None:
     rows = max(1, _CHUNK * len(bits) // bits.numel())
     for part, kept in zip(torch.split(bits, rows), torch.split(mask, rows), strict=True):
         part.bitwise_and_(kept)
-
-
-def largest(tensors: Sequence[MaskedTensor], scores: Sequence[Tensor], counts: Sequence[int] | int) -> list[Tensor]:
-    """Indices of the groups with the largest scores, exactly as many as asked.
-
-    A radix selection: histograms of the scores' leading bits narrow down the one bin that holds the smallest score
-    taken, so that no sort and no copy of all scores is needed. Equal scores are taken from the lowest index (tensor
-    by tensor, in global order).
-
-    Args:
-        tensors: The tensors ranked.
-        scores: Scores of this rank's groups, `(groups on this rank,)` each; overwritten. `-inf` is never chosen
-            while others are left.
-        counts: How many to take of each tensor, or of all tensors ranked together; at most what there is.
-
-    Returns:
-        int64 indices into each score vector, in no particular order.
-
-    Raises:
-        NonFiniteError: A score is NaN.
-    """
-    together = isinstance(counts, int)
-    need = np.array([counts] if isinstance(counts, int) else counts, dtype=np.int64)
-    keys = _ordered_keys(tensors, scores)
-    shifts = _shifts(8 * keys[0].element_size())
-    row = [0] * len(keys) if together else list(range(len(keys)))
-    taken: list[list[Tensor]] = [[] for _ in keys]
-    where: list[Tensor | None] = [None] * len(keys)  # indices of the candidates; None while all are
-    for shift in shifts:
-        bins = 1 << (_DIGIT if shift else shifts[-2])
-        digits = [_digit(key, shift, bins, first=shift == shifts[0]) for key in keys]
-        histogram = _sum_over_shards(tensors, [torch.bincount(digit, minlength=bins) for digit in digits])
-        if together:
-            histogram = histogram.sum(0, keepdims=True)
-        above = np.flip(np.cumsum(np.flip(histogram, 1), 1), 1) - histogram  # how many lie in higher bins
-        pivot = (above < need[:, None]).argmax(1)
-        need = need - above[np.arange(len(need)), pivot]
-        for i, digit in enumerate(digits):
-            edge = int(pivot[row[i]]) if need[row[i]] > 0 else bins
-            taken[i].append(_pick(where[i], digit > edge))
-            candidates = (digit == edge).nonzero().view(-1)
-            keys[i] = keys[i][candidates]
-            where[i] = candidates if where[i] is None else where[i][candidates]  # type: ignore[index]
-    for i, first in enumerate(_order_of_ties(tensors, [len(key) for key in keys], together)):
-        ties = max(0, min(int(need[row[i]]) - first, len(keys[i])))
-        taken[i].append(where[i][:ties])  # type: ignore[index]
-    return [torch.cat(parts) for parts in taken]
-
-
-def smallest(tensors: Sequence[MaskedTensor], scores: Sequence[Tensor], counts: Sequence[int] | int) -> list[Tensor]:
-    """As `largest`, for the smallest scores; `+inf` is never chosen while others are left."""
-    return largest(tensors, [score.neg_() for score in scores], counts)
-
-
-def sample(
-    tensors: Sequence[MaskedTensor],
-    eligible: Sequence[Tensor],
-    available: Sequence[int],
-    counts: Sequence[int],
-    generator: torch.Generator,
-) -> list[Tensor]:
-    """Indices of randomly chosen groups, exactly as many as asked, every choice equally likely.
-
-    Positions are drawn over the *global* groups with a CPU generator that every rank has in the same state, and
-    drawn again where they are not eligible: the result depends neither on the device nor on how weights are sharded.
-
-    Args:
-        tensors: The tensors chosen from.
-        eligible: bool vectors over this rank's groups; overwritten.
-        available: Number of eligible groups of each global tensor.
-        counts: How many to choose of each tensor; at most what is available.
-        generator: Random state, on the CPU; the same on all ranks.
-
-    Returns:
-        int64 indices into each vector.
-    """
-    return [_sample_one(*each, generator) for each in zip(tensors, eligible, available, counts, strict=True)]
-
-
-def largest_in_cells(scores: Tensor, counts: Tensor, size: int) -> Tensor:
-    """The `counts[i]` largest of each cell of `size` consecutive scores; equal scores from the lowest index.
-
-    Args:
-        scores: `(cells · size,)`, without NaN; `-inf` is never chosen while others are left.
-        counts: `(cells,)` or `(1,)`, integers.
-        size: Groups in a cell (the M of N:M).
-
-    Returns:
-        bool, `(cells · size,)`.
-    """
-    cells = scores.view(-1, size)
-    order = cells.argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(size, device=order.device).expand_as(order))
-    return (rank < counts.view(-1, 1)).view(-1)
-
-
-def refuse_nan(tensors: Sequence[MaskedTensor], scores: Sequence[Tensor]) -> None:
-    """Raise a NonFiniteError, on all ranks, where a tensor's scores contain NaN."""
-    nan = [score.amax().isnan() if len(score) else torch.zeros((), device=score.device) for score in scores]
-    for tensor, found in zip(tensors, count_over_shards(tensors, nan), strict=True):
-        if found:
-            raise NonFiniteError(
-                f"{tensor.name}: its scores contain NaN, so its weights cannot be ranked and its mask was left as "
-                "it is; training has diverged (lower the learning rate, clip gradients) or the data contain NaN"
-            )
-
-
-def count_over_shards(tensors: Sequence[MaskedTensor], counts: Sequence[Tensor]) -> list[int]:
-    """Add up one count a tensor over the ranks that share it; one transfer and at most one collective for all."""
-    return [int(n) for n in _sum_over_shards(tensors, [count.view(1) for count in counts])[:, 0]]
 
 
 def pack(mask: Tensor) -> Tensor:
@@ -314,98 +238,35 @@ def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
     return bits.flatten(1)[:, : prod(shape[1:])].to(torch.int8).neg_().reshape(*shape)
 
 
-def _ordered_keys(tensors: Sequence[MaskedTensor], scores: Sequence[Tensor]) -> list[Tensor]:
-    """Integers in the order of the scores, in the scores' own memory where it is wide enough."""
-    refuse_nan(tensors, scores)
-    dtype = max((torch.float32, *(score.dtype for score in scores)), key=lambda each: each.itemsize)
-    keys = []
-    for score in scores:
-        wide = score.to(dtype).add_(0.0)  # −0.0 and 0.0 are equal scores
-        bits = wide.view(_INTEGER[wide.element_size()])
-        sign = bits >> (8 * wide.element_size() - 1)
-        keys.append(bits.bitwise_xor_(sign.bitwise_and_(torch.iinfo(bits.dtype).max)))
-    return keys
+def count_over_shards(parts: Sequence[Shared], counts: Sequence[Tensor]) -> list[int]:
+    """Add up one count each over the ranks that share it; one transfer and at most one collective a process group."""
+    return [int(n) for n in sum_over_shards(parts, [count.view(1) for count in counts])[:, 0]]
 
 
-def _shifts(width: int) -> list[int]:
-    return [*range(width - _DIGIT, 0, -_DIGIT), 0]
+def sum_over_shards(parts: Sequence[Shared], rows: Sequence[Tensor]) -> np.ndarray:
+    """Stack one vector each and add it up over the ranks that share the part; one transfer to the host.
 
+    Args:
+        parts: What the vectors are of.
+        rows: int64 vectors of one length, this rank's contribution to each.
 
-def _digit(key: Tensor, shift: int, bins: int, first: bool) -> Tensor:
-    digit = key >> shift
-    return digit.add_(bins // 2) if first else digit.bitwise_and_(bins - 1)
-
-
-def _pick(where: Tensor | None, chosen: Tensor) -> Tensor:
-    return chosen.nonzero().view(-1) if where is None else where[chosen]
-
-
-def _sample_one(
-    tensor: MaskedTensor, eligible: Tensor, available: int, count: int, generator: torch.Generator
-) -> Tensor:
-    if count > available:
-        raise ValueError(f"{tensor.name}: cannot choose {count} of {available} groups")
-    chosen: list[Tensor] = []
-    left_out = count > available // 2  # then it is quicker to choose those to leave out
-    missing = available - count if left_out else count
-    while missing:
-        draws = int(1.2 * missing * tensor.groups / available) + 16
-        positions = torch.unique(torch.randint(tensor.groups, (draws,), generator=generator))
-        here = positions - tensor.first_group
-        inside = (here >= 0) & (here < len(eligible))
-        accepted = torch.zeros(len(positions), dtype=torch.bool)
-        accepted[inside] = eligible[here[inside].to(eligible.device)].cpu()
-        if tensor.process_group is not None:
-            accepted = _all_reduce(accepted.byte(), tensor.process_group, eligible.device).bool()
-        fresh = positions[accepted]
-        if len(fresh) > missing:
-            fresh = fresh[torch.randperm(len(fresh), generator=generator)[:missing]]
-        missing -= len(fresh)
-        available -= len(fresh)
-        here = fresh - tensor.first_group
-        here = here[(here >= 0) & (here < len(eligible))].to(eligible.device)
-        eligible[here] = False
-        chosen.append(here)
-    if left_out:
-        return eligible.nonzero().view(-1)
-    return torch.cat(chosen) if chosen else torch.empty(0, dtype=torch.int64, device=eligible.device)
-
-
-def _all_reduce(values: Tensor, group: dist.ProcessGroup | None, device: torch.device) -> Tensor:
-    """Sum over a group's ranks; the values come from and return to the CPU, and travel on the weights' device."""
-    moved = values.to(device)
-    dist.all_reduce(moved, group=group)
-    return moved.cpu()
-
-
-def _sum_over_shards(tensors: Sequence[MaskedTensor], rows: Sequence[Tensor]) -> np.ndarray:
-    """Stack one vector a tensor and add each up over the ranks that share the tensor; one transfer to the host."""
+    Returns:
+        int64 array, a row each.
+    """
     if not rows:
         return np.zeros((0, 1), dtype=np.int64)
     device = rows[0].device
     matrix = torch.stack([row.to(device=device, dtype=torch.int64) for row in rows])
-    for group in dict.fromkeys(t.process_group for t in tensors if t.process_group is not None):
-        members = torch.tensor([t.process_group is group for t in tensors], device=device)
-        part = matrix[members]
-        dist.all_reduce(part, group=group)
-        matrix[members] = part
+    for group in dict.fromkeys(part.process_group for part in parts if part.process_group is not None):
+        members = torch.tensor([part.process_group is group for part in parts], device=device)
+        chosen = matrix[members]
+        dist.all_reduce(chosen, group=group)
+        matrix[members] = chosen
     return matrix.cpu().numpy()
 
 
-def _order_of_ties(tensors: Sequence[MaskedTensor], ties: Sequence[int], together: bool) -> list[int]:
-    """How many equal candidates come before this rank's, of each tensor (of all tensors where ranked together)."""
-    before = [0] * len(ties)
-    total = list(ties)
-    for group in dict.fromkeys(t.process_group for t in tensors if t.process_group is not None):
-        members = [i for i, t in enumerate(tensors) if t.process_group is group]
-        rank = dist.get_rank(group)
-        counts = torch.zeros(dist.get_world_size(group), len(members), dtype=torch.int64)
-        counts[rank] = torch.tensor([ties[i] for i in members])
-        counts = _all_reduce(counts, group, tensors[members[0]].mask.device)
-        for column, i in enumerate(members):
-            before[i] = int(counts[:rank, column].sum())
-            total[i] = int(counts[:, column].sum())
-    if together:
-        earlier = np.cumsum([0, *total[:-1]])
-        before = [int(first + own) for first, own in zip(earlier, before, strict=True)]
-    return before
+def sum_over_ranks(values: Tensor, group: dist.ProcessGroup | None, device: torch.device) -> Tensor:
+    """Sum over a group's ranks; the values come from and return to the CPU, and travel on the weights' device."""
+    moved = values.to(device)
+    dist.all_reduce(moved, group=group)
+    return moved.cpu()

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from gossamer.masks import MaskedTensor
+from gossamer.masks import Change, MaskedTensor
 
 Masks = None | Literal["zeros"] | Mapping[str, Tensor]
 """Where masks come from at the start: the method, the zeros of the weights, or tensors by parameter name."""
@@ -28,13 +28,12 @@ class Proposal:
     """New masks, not yet in force.
 
     Attributes:
-        changes: For each tensor that changes, the int8 mask of its groups on this rank (−1 active, 0 pruned) and the
-            number of active groups of the global tensor.
+        changes: The new mask of each tensor that changes, at most one a tensor.
         extras: Numbers worth recording, such as a threshold.
         skip_step: Whether the step of all optimizers is left out after this update.
     """
 
-    changes: list[tuple[MaskedTensor, Tensor, int]]
+    changes: list[Change]
     extras: dict[str, float] = field(default_factory=dict)
     skip_step: bool = False
 
@@ -112,8 +111,16 @@ class Method(ABC):
     def finalize(self) -> None:
         """Remove from the model whatever `install` put there, keeping the zeros; `detach` is called as well."""
 
+    def learned(self) -> list[dict[str, Any]]:
+        """What was learned beside masks, such as thresholds: for `Sparsity.summary`, a row of plain values each."""
+        return []
+
     def config(self) -> dict[str, Any]:
         """What a saved state must agree on with this method, as JSON values."""
+        return {}
+
+    def settings(self) -> dict[str, Any]:
+        """Further arguments, as JSON values. Where a saved state has others, loading warns and goes on with these."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:

@@ -79,20 +79,20 @@ def is_elementwise(optimizer: optim.Optimizer) -> bool:
 
 def refresh(
     tensor: MaskedTensor,
-    grown: Tensor,
+    begun: Tensor,
     group: Mapping[str, Any],
     state: Mapping[str, Any],
     mixes: bool,
     second_moment: str,
 ) -> None:
-    """Give newly active weights the optimizer state of a fresh parameter.
+    """Give weights that begin anew the optimizer state of a fresh parameter.
 
     Every state tensor of the weight's shape is set to what it starts from: 0, or the value of `FRESH`. Factored and
     flat state is left alone.
 
     Args:
         tensor: The weight, its mask already new.
-        grown: int8 mask of this rank's newly active weights, −1 where grown.
+        begun: int8 mask of this rank's weights, −1 where one is newly active or renewed.
         group: The parameter group.
         state: The optimizer's state of the parameter.
         mixes: Whether the optimizer mixes weights: then state of pruned weights is zeroed too, or their momentum would
@@ -100,7 +100,7 @@ def refresh(
         second_moment: `"zero"`, or `"mean"`: Adam's second moment starts at the mean over the weights that were
             active before, since an old step count makes a start at zero several learning rates long.
     """
-    kept = grown.bitwise_not()
+    kept = begun.bitwise_not()
     for key, value in state.items():
         if (
             key in FACTORED
@@ -113,9 +113,9 @@ def refresh(
         if mixes:
             enforce(part, tensor.mask)
         if key == "exp_avg_sq" and second_moment == "mean":
-            part.copy_(torch.where(grown != 0, _active_mean(tensor, part, kept), part))
+            part.copy_(torch.where(begun != 0, _active_mean(tensor, part, kept), part))
         elif FRESH.get(key) in group:
-            part.masked_fill_(grown != 0, group[FRESH[key]])
+            part.masked_fill_(begun != 0, group[FRESH[key]])
         else:
             enforce(part, kept)
 

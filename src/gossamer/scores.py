@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from gossamer.errors import ConfigurationError
+from gossamer.groups import Groups
 from gossamer.masks import MaskedTensor
 from gossamer.structure import Element
 from gossamer.targets import closest, local
@@ -125,12 +126,12 @@ def as_score(score: str | Score) -> Score:
 
 
 def group_scores(
-    tensor: MaskedTensor, score: Score, state: Mapping[str, Any], p: float = 2.0, index: Tensor | None = None
+    groups: Groups, score: Score, state: Mapping[str, Any], p: float = 2.0, index: Tensor | None = None
 ) -> Tensor:
     """Scores of groups: the Lp-norm of the scores of their weights, their sum where the score is `signed`.
 
     Args:
-        tensor: The tensor.
+        groups: The groups of a weight.
         score: The score of single weights.
         state: The optimizer's state of this parameter (may be empty).
         p: The norm's order.
@@ -139,6 +140,7 @@ def group_scores(
     Returns:
         New tensor `(n,)`.
     """
+    tensor = groups.tensor
     if isinstance(tensor.structure, Element):
         return _own(score(View(tensor, state, index)), tensor, index).reshape(-1)
     whole = _own(score(View(tensor, state)), tensor, None)

@@ -5,30 +5,41 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gossamer.errors import StateError
-from gossamer.masks import MaskedTensor, count_over_shards, enforce, pack, rows_like, unpack
+from gossamer.masks import count_over_shards, enforce
 from gossamer.method import Method
 from gossamer.targets import local, plain_name
 
 FORMAT = 1
 """Version of the saved state."""
 
-_KEYS = {"step": int, "frozen": bool, "masks": Mapping, "shapes": Mapping, "methods": Sequence}
+_KEYS = {
+    "step": int,
+    "frozen": bool,
+    "second_moment": str,
+    "masks": Mapping,
+    "shapes": Mapping,
+    "methods": Sequence,
+}
+_PARTS = ("config", "settings", "state")
 
 
-def save(methods: Sequence[Method], step: int, frozen: bool) -> dict[str, Any]:
+def save(methods: Sequence[Method], step: int, frozen: bool, second_moment: str) -> dict[str, Any]:
     """Masks packed by rows, counters and the methods' own state, as tensors and JSON values."""
     tensors = [tensor for method in methods for tensor in method.tensors]
     return {
         "format": FORMAT,
         "step": step,
         "frozen": frozen,
-        "masks": {tensor.name: tensor.distribute(pack(tensor.mask)) for tensor in tensors},
+        "masks": {tensor.name: tensor.pack(tensor.mask) for tensor in tensors},
         "shapes": {tensor.name: list(tensor.shape) for tensor in tensors},
-        "methods": [{"config": method.config(), "state": method.state_dict()} for method in methods],
+        "second_moment": second_moment,
+        "methods": [
+            {"config": method.config(), "settings": method.settings(), "state": method.state_dict()}
+            for method in methods
+        ],
     }
 
 
@@ -46,9 +57,9 @@ def check(methods: Sequence[Method], state: Mapping[str, Any]) -> None:
     if state["step"] < 0:
         raise StateError(f"sparsity state: 'step' is {state['step']}, expected a number of steps; the file is damaged")
     for each in state["methods"]:
-        if not isinstance(each, Mapping) or not all(isinstance(each.get(key), Mapping) for key in ("config", "state")):
+        if not isinstance(each, Mapping) or not all(isinstance(each.get(key), Mapping) for key in _PARTS):
             raise StateError(
-                f"sparsity state: 'methods' has {_brief(each)}, expected a config and a state; the file is damaged"
+                f"sparsity state: 'methods' has {_brief(each)}, expected {', '.join(_PARTS)}; the file is damaged"
             )
     saved = [each["config"].get("method") for each in state["methods"]]
     here = [method.config().get("method") for method in methods]
@@ -68,6 +79,19 @@ def check(methods: Sequence[Method], state: Mapping[str, Any]) -> None:
         raise StateError(f"sparsity state: has a mask of {unknown[0]}, which no attached method masks; attach the same")
 
 
+def differences(methods: Sequence[Method], saved: Mapping[str, Any], second_moment: str) -> list[str]:
+    """The arguments that a checked state was saved with and that are others now, a line each."""
+    lines = [
+        f"{method.name}: saved with {key}={_brief(each['settings'].get(key))}, goes on with {_brief(value)}"
+        for method, each in zip(methods, saved["methods"], strict=True)
+        for key, value in method.settings().items()
+        if each["settings"].get(key) != value
+    ]
+    if saved["second_moment"] != second_moment:
+        lines.append(f"attach: saved with second_moment={saved['second_moment']!r}, goes on with {second_moment!r}")
+    return lines
+
+
 def restore(methods: Sequence[Method], state: Mapping[str, Any]) -> None:
     """Put a checked state in force; pruned weights become 0."""
     masks = _by_name(state["masks"])
@@ -75,7 +99,7 @@ def restore(methods: Sequence[Method], state: Mapping[str, Any]) -> None:
         method.load_state_dict(each["state"])
     tensors = [tensor for method in methods for tensor in method.tensors]
     for tensor in tensors:
-        tensor.mask.copy_(_unpack(tensor, masks))
+        tensor.mask.copy_(tensor.unpack(masks[_strip(tensor.name)]))
         enforce(local(tensor.parameter), tensor.mask)
     counts = count_over_shards(tensors, [tensor.mask.count_nonzero() for tensor in tensors])
     for tensor, count in zip(tensors, counts, strict=True):
@@ -89,22 +113,15 @@ def _check_masks(method: Method, state: Mapping[str, Any]) -> int:
         mask = masks.get(_strip(tensor.name))
         if not isinstance(mask, Tensor):
             raise StateError(f"sparsity state: no mask of {tensor.name}; there are {_brief(sorted(masks))}")
-        expected = (tensor.shape[0], -(-(tensor.weights // tensor.shape[0]) // 8))
         listed = shapes.get(_strip(tensor.name))
         shape = tuple(listed) if isinstance(listed, Sequence) else listed
-        if shape != tensor.shape or tuple(mask.shape) != expected or mask.dtype != torch.uint8:
+        if shape != tensor.shape or not tensor.has_packed(mask):
             raise StateError(
                 f"sparsity state: the mask of {tensor.name} is for shape {shape} (packed {tuple(mask.shape)}, "
-                f"{mask.dtype}), the weight has {tensor.shape} (packed {expected}, torch.uint8)"
+                f"{mask.dtype}), the weight has {tensor.shape} (packed {tensor.packed_shape}, torch.uint8)"
             )
-    counts = [_unpack(tensor, masks).count_nonzero() for tensor in method.tensors]
+    counts = [tensor.unpack(masks[_strip(tensor.name)]).count_nonzero() for tensor in method.tensors]
     return sum(count_over_shards(method.tensors, counts))
-
-
-def _unpack(tensor: MaskedTensor, masks: Mapping[str, Tensor]) -> Tensor:
-    """This rank's part of a tensor's saved mask."""
-    packed = rows_like(masks[_strip(tensor.name)], tensor.parameter).to(tensor.mask.device)
-    return unpack(packed, tensor.mask.shape)
 
 
 def _by_name(values: Mapping[str, Any]) -> dict[str, Any]:

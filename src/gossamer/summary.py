@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
@@ -24,14 +24,16 @@ class Summary:
             that `pandas.DataFrame` takes as it is.
         totals: `targets_total`, `targets_active`, `targets_sparsity` over the masked tensors; `all_total`,
             `all_nonzero`, `all_sparsity` over all parameters, where every unmasked one counts as nonzero.
+        learned: What methods learned beside masks, such as thresholds: plain values, a row each, with its `method`.
     """
 
     rows: list[dict[str, Any]]
     totals: dict[str, float]
+    learned: list[dict[str, Any]] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """Rows and totals as JSON values."""
-        return {"rows": self.rows, "totals": self.totals}
+        """Rows, totals and what was learned as JSON values."""
+        return {"rows": self.rows, "totals": self.totals, "learned": self.learned}
 
     def table(self) -> Table:
         """The summary as a rich table."""
@@ -50,9 +52,23 @@ class Summary:
             table.add_row(row["name"], shape, kind, f"{row['total']:,}", f"{row['active']:,}", f"{row['sparsity']:.4f}")
         return table
 
+    def learned_table(self) -> Table:
+        """What was learned as a rich table, a column for each value that a row has."""
+        table = Table(title="Learned")
+        columns = list(dict.fromkeys(key for row in self.learned for key in row))
+        for column in columns:
+            table.add_column(column, overflow="fold")
+        for row in self.learned:
+            cells = [row.get(column, "") for column in columns]
+            table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells))
+        return table
+
     def __str__(self) -> str:
         text = io.StringIO()
-        Console(file=text, width=110).print(self.table())
+        console = Console(file=text, width=110)
+        console.print(self.table())
+        if self.learned:
+            console.print(self.learned_table())
         return text.getvalue().rstrip()
 
 
@@ -85,4 +101,5 @@ def summarize(model: nn.Module, methods: Sequence[Method]) -> Summary:
             "all_nonzero": nonzero,
             "all_sparsity": 1 - nonzero / whole if whole else 0.0,
         },
+        [{"method": method.name} | row for method in methods for row in method.learned()],
     )

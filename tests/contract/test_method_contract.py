@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 import gossamer as gs
 from gossamer import targets
-from gossamer.masks import MaskedTensor
+from gossamer.masks import Change, MaskedTensor
 from gossamer.method import Proposal, StateOf
 from gossamer.structure import Element
 
@@ -65,13 +65,17 @@ class Toy(gs.Method):
 
     def update(self, step: int, state: StateOf) -> Proposal:
         self.harden()
-        alive = [(gate.scores > 0).to(torch.int8).neg_().view(-1) for gate in self.gates()]
-        return Proposal([(t, a, int(a.count_nonzero())) for t, a in zip(self.tensors, alive, strict=True)])
+        masks = [(gate.scores > 0).to(torch.int8).neg_() for gate in self.gates()]
+        return Proposal([Change(t, m, int(m.count_nonzero())) for t, m in zip(self.tensors, masks, strict=True)])
 
     def after_step(self, step: int) -> None:
         self.steps.append(step)
         for gate in self.gates():
             gate.temperature.fill_(1.5**step)
+
+    def learned(self) -> list[dict[str, Any]]:
+        rows = zip(self.targets, self.gates(), strict=True)
+        return [{"name": target.name, "gate": gate.scores.mean().item()} for target, gate in rows]
 
     def state_dict(self) -> dict[str, Any]:
         return {"hard": bool(self.tensors)}
@@ -277,3 +281,46 @@ def test_a_budget_over_all_parameters_is_for_one_method_alone():
     methods = [gs.SET(0.5, targets="0.*", over="all"), gs.SET(0.5, targets="2.*")]
     with pytest.raises(gs.ConfigurationError, match="over='all' counts every other weight as dense"):
         gs.attach(model, methods)
+
+
+class Renewal(gs.Static):
+    """Moves the mask of the first row to the second, and lets the third begin anew at a value."""
+
+    def due(self, step: int) -> bool:
+        return step == 3
+
+    def update(self, step: int, state: StateOf) -> Proposal:
+        (tensor,) = self.tensors
+        mask, renewed = tensor.mask[[1, 0, 2]], torch.zeros_like(tensor.mask)
+        renewed[2] = -1
+        values = torch.full(tensor.shape, 0.25)
+        return Proposal([Change(tensor, mask, tensor.active, renewed, values)])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_method_can_renew_active_weights_and_give_grown_ones_a_value(fused: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 3, bias=False))
+    mask = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1], [1, 1, 0, 0]])
+    optimizer = optim.Adam(model.parameters(), lr=0.0, fused=fused)
+    sparsity = gs.attach(model, Renewal(), optimizer, masks={"0.weight": mask})
+    updates: list[gs.MaskUpdate] = []
+    sparsity.on_update(updates.append)
+    for _ in range(3):
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+    weight, moment = model[0].weight.detach(), optimizer.state[model[0].weight]["exp_avg"]
+    assert weight[:2].eq(torch.tensor([[0, 0, 0.25, 0.25], [0.25, 0.25, 0, 0]])).all()
+    assert weight[2].eq(torch.tensor([0.25, 0.25, 0, 0])).all()
+    gradient = model[0].weight.grad
+    fresh = torch.tensor([[0, 0, 1, 1], [1, 1, 0, 0], [1, 1, 0, 0]]) != 0
+    assert torch.allclose(moment[fresh], 0.1 * gradient[fresh])  # one step since they began
+    (row,) = updates[0].rows
+    assert (row["pruned"], row["grown"], row["active"]) == (4, 4, 6)
+
+
+def test_what_was_learned_is_in_the_summary():
+    sparsity = gs.attach(net(), [Toy()])
+    summary = sparsity.summary()
+    assert [(row["method"], row["name"]) for row in summary.learned] == [("toy", "0.weight"), ("toy", "2.weight")]
+    assert "gate" in str(summary)
+    assert summary.as_dict()["learned"] == summary.learned

@@ -369,3 +369,47 @@ def test_a_state_of_another_budget_is_refused_and_changes_nothing(row: MethodRow
         with pytest.raises(gs.StateError, match=r"budget|sparsity"):
             run.sparsity.load_state_dict(state)
         assert everything(run) == before
+
+
+@pytest.mark.parametrize("way", [through_torch, through_safetensors])
+@pytest.mark.parametrize("structure", ["element", "block:4x1", "2:4"])
+def test_dsr_resumes_between_its_steps(way: Callable[..., Run], structure: str, tmp_path: Path) -> None:
+    def make() -> Run:
+        row = next(row for row in METHODS if row.id == "dsr")
+        return start(row.make(structure, every=10**6, threshold=0.3))
+
+    whole, stopped = (make().train(3) for _ in range(2))
+    for phase in ("prune", "reallocate", "adjust_threshold"):
+        (expected,), (found,) = whole.sparsity.update(phase), stopped.sparsity.update(phase)
+        assert (found.rows, found.extras) == (expected.rows, expected.extras)
+        stopped = way(stopped, make, tmp_path)
+    assert expected.extras["threshold"] != 0.3
+    assert everything(stopped) == everything(whole)
+
+
+def test_saved_masks_of_what_was_just_pruned_must_fit() -> None:
+    run = start(gs.DSR(0.75, threshold=0.3, every=10**6))
+    run.sparsity.update("prune")
+    state = run.sparsity.state_dict()
+    state["methods"][0]["state"]["pruned"].pop()
+    with pytest.raises(gs.StateError, match=r"dsr: the saved masks of what was just pruned do not fit"):
+        run.sparsity.load_state_dict(state)
+
+
+def test_other_settings_than_the_saved_ones_are_named_in_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    def make(every: int, score: Any, second_moment: str) -> gs.Sparsity:
+        model = TinyNet()
+        method = gs.SET(0.75, every=every, drop_score=score)
+        return gs.attach(model, method, torch.optim.Adam(model.parameters()), second_moment=second_moment)
+
+    state = make(5, "magnitude", "zero").state_dict()
+    same, other = make(5, "magnitude", "zero"), make(7, gs.scores.movement, "mean")
+    same.load_state_dict(state)
+    assert not caplog.records
+    other.load_state_dict(state)
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.split(";")[0] for line in lines] == [
+        "set: saved with every=5, goes on with 7",
+        "set: saved with drop_score='magnitude', goes on with 'movement'",
+        "attach: saved with second_moment='zero', goes on with 'mean'",
+    ]

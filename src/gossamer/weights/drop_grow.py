@@ -5,6 +5,7 @@ SET and RigL are this with different ways to grow; the budget of every tensor st
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar
 
@@ -12,11 +13,11 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import ConfigurationError
-from gossamer.masks import largest, sample, smallest
 from gossamer.method import Proposal, StateOf
 from gossamer.schedule import Schedule, as_schedule, check_number
 from gossamer.scores import Score, as_score, group_scores
 from gossamer.weights.masked import MaskMethod
+from gossamer.weights.ranking import drop, grow, scores_of_active
 
 
 @dataclass(eq=False)
@@ -59,7 +60,7 @@ class DropGrow(MaskMethod):
     def update(self, step: int, state: StateOf) -> Proposal:
         """See `Method.update`."""
         fraction = self.fraction(step)
-        kept = self._alive()
+        alive = self._alive()
         active = self._active()
         drops = [int(fraction * count) for count in active]
         if self.grow_score is not None and getattr(as_score(self.grow_score), "needs_gradient", False):
@@ -69,62 +70,26 @@ class DropGrow(MaskMethod):
                 raise ConfigurationError(
                     f"{self.name}: no weight has a gradient to grow by; update between backward and zero_grad"
                 )
-            drops = [drop if has else 0 for drop, has in zip(drops, trained, strict=True)]
+            drops = [count if has else 0 for count, has in zip(drops, trained, strict=True)]
+        rooms = [groups.total - count for groups, count in zip(self.groups, active, strict=True)]
         if not self.regrow_dropped:
-            rooms = [tensor.groups - count for tensor, count in zip(self.tensors, active, strict=True)]
-            drops = [min(drop, room) for drop, room in zip(drops, rooms, strict=True)]
-        empty = [alive == 0 for alive in kept]
-        dropped = self._drop(kept, drops, state)
+            drops = [min(count, room) for count, room in zip(drops, rooms, strict=True)]
+        free = [mask == 0 for mask in alive]
+        index, scores = scores_of_active(self.groups, alive, as_score(self.drop_score), state, self.p)
+        drop(self.groups, alive, index, scores, drops)
         if self.regrow_dropped:
-            empty = [alive == 0 for alive in kept]
-            rooms = [
-                tensor.groups - count + drop for tensor, count, drop in zip(self.tensors, active, drops, strict=True)
-            ]
-        self._grow(kept, dropped, empty, rooms, drops, state)
-        changes = list(zip(self.tensors, kept, active, strict=True))
-        return Proposal(changes, {"drop_fraction": fraction})
+            free = [mask == 0 for mask in alive]
+            rooms = [room + count for room, count in zip(rooms, drops, strict=True)]
+        grow(self.groups, alive, free, rooms, drops, self._growth(drops, alive, state))
+        return Proposal(self._changes(alive, active), {"drop_fraction": fraction})
 
-    def _drop(self, kept: list[Tensor], counts: list[int], state: StateOf) -> list[Tensor]:
-        active = [(alive != 0).nonzero().view(-1) for alive in kept]
-        score = as_score(self.drop_score)
-        scores = [
-            group_scores(tensor, score, state(tensor), self.p, index)
-            for tensor, index in zip(self.tensors, active, strict=True)
+    def _growth(self, counts: Sequence[int], alive: Sequence[Tensor], state: StateOf) -> torch.Generator | list[Tensor]:
+        if self.grow_score is None:
+            return self.generator
+        score = as_score(self.grow_score)
+        return [
+            group_scores(groups, score, state(groups.tensor), self.p)
+            if count
+            else torch.zeros(len(mask), device=mask.device)
+            for groups, mask, count in zip(self.groups, alive, counts, strict=True)
         ]
-        chosen = smallest(self.tensors, scores, counts)
-        dropped = [index[choice] for index, choice in zip(active, chosen, strict=True)]
-        for alive, index in zip(kept, dropped, strict=True):
-            alive.index_fill_(0, index, 0)
-        return dropped
-
-    def _grow(
-        self,
-        kept: list[Tensor],
-        dropped: list[Tensor],
-        empty: list[Tensor],
-        rooms: list[int],
-        counts: list[int],
-        state: StateOf,
-    ) -> None:
-        scores: list[Tensor] | None = None
-        if self.grow_score is not None:
-            grow = as_score(self.grow_score)
-            scores = [
-                group_scores(tensor, grow, state(tensor), self.p)
-                if count
-                else torch.zeros(len(alive), device=alive.device)
-                for tensor, alive, count in zip(self.tensors, kept, counts, strict=True)
-            ]
-        if self.tensors[0].structure.cell is not None:
-            for i, alive in enumerate(kept):
-                last = dropped[i][:0] if self.regrow_dropped else dropped[i]
-                kept[i] = self._refill(i, alive, last, None if scores is None else scores[i])
-            return
-        if scores is None:
-            grown = sample(self.tensors, empty, rooms, counts, self.generator)
-        else:
-            for score, free in zip(scores, empty, strict=True):
-                score.masked_fill_(~free, -torch.inf)
-            grown = largest(self.tensors, scores, counts)
-        for alive, index in zip(kept, grown, strict=True):
-            alive.index_fill_(0, index, -1)

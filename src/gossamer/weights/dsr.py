@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gossamer.distribution import Distribution, apportion_groups
+from gossamer.distribution import Distribution, allocate, apportion_groups
 from gossamer.errors import ConfigurationError, StateError
-from gossamer.masks import count_over_shards, sample, smallest
+from gossamer.masks import MaskedTensor, count_over_shards
 from gossamer.method import Proposal, StateOf
 from gossamer.schedule import Schedule, as_schedule, check_integer, check_number
-from gossamer.scores import group_scores, magnitude
+from gossamer.scores import magnitude
 from gossamer.targets import closest
 from gossamer.weights.masked import MaskMethod
+from gossamer.weights.ranking import drop, grow, scores_of_active
 
 HEURISTICS: dict[str, Callable[[int, int, int], int]] = {
     "paper": lambda total, before, left: left,
@@ -125,61 +126,51 @@ class DSR(MaskMethod):
 
     def _adjust_alone(self, step: int, state: StateOf) -> Proposal:
         self._adjust()
-        return self._proposal([], [])
+        return Proposal([], {"threshold": self.threshold})
 
     def _proposal(self, alive: list[Tensor], active: list[int]) -> Proposal:
-        return Proposal(list(zip(self.tensors, alive, active, strict=False)), {"threshold": self.threshold})
+        return Proposal(self._changes(alive, active), {"threshold": self.threshold})
 
     def _prune(self, alive: list[Tensor], active: list[int], state: StateOf) -> list[int]:
-        index = [(mask != 0).nonzero().view(-1) for mask in alive]
-        norms = [
-            group_scores(tensor, magnitude, state(tensor), self.p, positions)
-            for tensor, positions in zip(self.tensors, index, strict=True)
-        ]
-        below = count_over_shards(self.tensors, [(norm < self.threshold).sum() for norm in norms])
+        index, norms = scores_of_active(self.groups, alive, magnitude, state, self.p)
+        below = count_over_shards(self.groups, [(norm < self.threshold).sum() for norm in norms])
         # The largest survives even where all are below the threshold: an empty tensor cuts the network in two.
         counts = [min(low, now - 1) for low, now in zip(below, active, strict=True)]
-        chosen = smallest(self.tensors, norms, counts)
-        self._pruned = [positions[choice] for positions, choice in zip(index, chosen, strict=True)]
+        self._pruned = drop(self.groups, alive, index, norms, counts)
         self._before = active
         self._last_pruned = self._weights(counts)
-        for mask, gone in zip(alive, self._pruned, strict=True):
-            mask.index_fill_(0, gone, 0)
         return [now - count for now, count in zip(active, counts, strict=True)]
 
     def _reallocate(self, alive: list[Tensor], active: list[int]) -> list[int]:
         pruned = self._pruned or [mask.new_empty(0, dtype=torch.int64) for mask in alive]
         self._pruned = None
-        if self.tensors[0].structure.cell is not None:
-            for i, mask in enumerate(alive):
-                alive[i] = self._refill(i, mask, pruned[i], None)
-            return [tensor.groups * n // m for tensor in self.tensors for n, m in [tensor.structure.cell or (1, 1)]]
-        freed = self.budget - self._weights(active)
-        lost = count_over_shards(self.tensors, [torch.tensor(len(gone), device=gone.device) for gone in pruned])
-        rooms = [t.groups - now - gone for t, now, gone in zip(self.tensors, active, lost, strict=True)]
+        lost = count_over_shards(self.groups, [torch.tensor(len(gone), device=gone.device) for gone in pruned])
+        rooms = [each.total - now - gone for each, now, gone in zip(self.groups, active, lost, strict=True)]
         free = [(mask == 0).index_fill_(0, gone, False) for mask, gone in zip(alive, pruned, strict=True)]
-        share = HEURISTICS[self.heuristic]
-        sizes = [tensor.group_size for tensor in self.tensors]
-        wanted = [
-            share(tensor.groups, was, now) * size
-            for tensor, was, now, size in zip(self.tensors, self._before, active, sizes, strict=True)
-        ]
+        if self.groups[0].cell is not None:  # every cell, and so every tensor, gets back what it lost
+            grow(self.groups, alive, free, rooms, lost, self.generator)
+            return allocate("uniform", self.groups, self.budget)
+        freed = self.budget - self._weights(active)
         back = max(0, freed - self._weights(rooms))
-        active = self._grow(alive, active, free, rooms, apportion_groups(freed - back, wanted, rooms, sizes))
+        counts = self._apportion(freed - back, active, rooms)
+        grow(self.groups, alive, free, rooms, counts, self.generator)
         if back:
+            again = self._apportion(back, active, lost)
             free = [
                 torch.zeros_like(mask, dtype=torch.bool).index_fill_(0, gone, True)
                 for mask, gone in zip(alive, pruned, strict=True)
             ]
-            active = self._grow(alive, active, free, lost, apportion_groups(back, wanted, lost, sizes))
-        return active
-
-    def _grow(
-        self, alive: list[Tensor], active: list[int], free: list[Tensor], rooms: list[int], counts: list[int]
-    ) -> list[int]:
-        for mask, grown in zip(alive, sample(self.tensors, free, rooms, counts, self.generator), strict=True):
-            mask.index_fill_(0, grown, -1)
+            grow(self.groups, alive, free, lost, again, self.generator)
+            counts = [first + second for first, second in zip(counts, again, strict=True)]
         return [now + more for now, more in zip(active, counts, strict=True)]
+
+    def _apportion(self, weights: int, active: list[int], rooms: list[int]) -> list[int]:
+        share = HEURISTICS[self.heuristic]
+        wanted = [
+            share(groups.total, was, now) * groups.size
+            for groups, was, now in zip(self.groups, self._before, active, strict=True)
+        ]
+        return apportion_groups(weights, wanted, rooms, [groups.size for groups in self.groups])
 
     def _adjust(self) -> None:
         pruned = self._last_pruned
@@ -194,6 +185,7 @@ class DSR(MaskMethod):
             "threshold": self.threshold,
             "before": list(self._before),
             "last_pruned": self._last_pruned,
+            "pruned": None if self._pruned is None else self._pack(self._pruned),
         }
 
     def check_state(self, state: Mapping[str, Any], active: int) -> None:
@@ -207,6 +199,11 @@ class DSR(MaskMethod):
         counts = [*(state.get("before") or [None]), state.get("last_pruned")]
         if len(counts) != len(self.tensors) + 1 or any(type(count) is not int for count in counts):
             raise StateError(f"{self.name}: the saved counts of the last update are {counts}; the file is damaged")
+        pruned = state.get("pruned")
+        if pruned is None:
+            return
+        if len(pruned) != len(self.tensors) or not all(map(MaskedTensor.has_packed, self.tensors, pruned)):
+            raise StateError(f"{self.name}: the saved masks of what was just pruned do not fit; the file is damaged")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Method.load_state_dict`."""
@@ -214,7 +211,23 @@ class DSR(MaskMethod):
         self.threshold = state["threshold"]
         self._before = list(state["before"])
         self._last_pruned = state["last_pruned"]
-        self._pruned = None
+        pruned = state.get("pruned")
+        self._pruned = (
+            None
+            if pruned is None
+            else [
+                groups.collapse(groups.tensor.unpack(mask)).nonzero().view(-1)
+                for groups, mask in zip(self.groups, pruned, strict=True)
+            ]
+        )
+
+    def _pack(self, pruned: list[Tensor]) -> list[Tensor]:
+        """Masks of what was just pruned: indices are of one rank, masks can be sharded anew."""
+        masks = [
+            torch.zeros_like(groups.alive()).index_fill_(0, gone, -1)
+            for groups, gone in zip(self.groups, pruned, strict=True)
+        ]
+        return [groups.tensor.pack(groups.expand(mask)) for groups, mask in zip(self.groups, masks, strict=True)]
 
     def _admits(self, active: int, budget: int) -> bool:
         return active <= budget  # fewer between the phases "prune" and "reallocate"

@@ -64,17 +64,17 @@ class GMP(MaskMethod):
         left = cubic_ramp(step, self.begin, self.end, 1.0, 0.0)
         counts = [final + round((first - final) * left) for first, final in zip(self._from, self._to, strict=True)]
         alive = self._alive()
-        active = prune_to(self.tensors, alive, self._active(), counts, as_score(self.score), state, self.p)
-        return Proposal(list(zip(self.tensors, alive, active, strict=True)))
+        active = prune_to(self.groups, alive, counts, as_score(self.score), state, self.p)
+        return Proposal(self._changes(alive, active))
 
     def _start(self, given: list[tuple[Tensor, int]] | None) -> list[tuple[Tensor, int]]:
-        masks = given or [(tensor.alive(), tensor.groups) for tensor in self.tensors]
+        masks = given or [(groups.alive(), groups.total) for groups in self.groups]
         self._to = self._counts(self.sparsity)
         if given is None and self.initial_sparsity:
             self.masks_from_weights = True
             alive = [each for each, _ in masks]
             counts = self._counts(self.initial_sparsity)
-            active = prune_to(self.tensors, alive, self._active(), counts, as_score(self.score), lambda _: {}, self.p)
+            active = prune_to(self.groups, alive, counts, as_score(self.score), lambda _: {}, self.p)
             masks = list(zip(alive, active, strict=True))
         self._from = [active for _, active in masks]
         if len(self._to) == 1:
@@ -89,21 +89,20 @@ class GMP(MaskMethod):
 
     def _counts(self, sparsity: float | None) -> list[int]:
         """Active groups of each tensor, or of all together for a global ranking."""
-        shares = self._shares()
-        active = self._budget(shares, sparsity)
+        active = self._active_weights(sparsity)
         if self.distribution != "global":
-            return allocate(self.distribution, shares, active)
-        if shares[0].structure.cell is not None:  # leaves nothing to rank across cells
-            return allocate("uniform", shares, active)
-        if len(sizes := {share.group_size for share in shares}) > 1:
+            return allocate(self.distribution, self.groups, active)
+        if self.groups[0].cell is not None:  # leaves nothing to rank across cells
+            return allocate("uniform", self.groups, active)
+        if len(sizes := {groups.size for groups in self.groups}) > 1:
             raise ConfigurationError(
-                f"distribution='global' ranks groups of one size, but those of structure {shares[0].structure} have "
-                f"sizes {sorted(sizes)}; choose 'uniform', 'er', 'erk' or an explicit mapping"
+                f"distribution='global' ranks groups of one size, but those of {self.tensors[0].structure} have sizes "
+                f"{sorted(sizes)}; choose 'uniform', 'er', 'erk' or an explicit mapping"
             )
-        return [active // shares[0].group_size]
+        return [active // self.groups[0].size]
 
     def _budget_of(self, active: list[int]) -> int:
-        return self._weights(self._to) if len(self._to) == len(active) else self._to[0] * self.tensors[0].group_size
+        return self._weights(self._to) if len(self._to) == len(active) else self._to[0] * self.groups[0].size
 
     def _admits(self, active: int, budget: int) -> bool:
         return active >= budget

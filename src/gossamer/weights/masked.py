@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gossamer.distribution import Distribution, Share, allocate, budget
+from gossamer.distribution import Distribution, allocate, budget
 from gossamer.errors import ConfigurationError, StateError
-from gossamer.masks import MaskedTensor, largest_in_cells, refuse_nan, sample
+from gossamer.groups import Groups
+from gossamer.masks import Change, MaskedTensor
 from gossamer.method import Masks, Method
 from gossamer.schedule import check_integer, check_number
 from gossamer.structure import Structure, as_structure
 from gossamer.targets import Selection, local, parameter_count, select
+from gossamer.weights.ranking import grow
 
 
 @dataclass(eq=False)
@@ -67,11 +69,12 @@ class MaskMethod(Method):
         """See `Method.bind`."""
         with self._naming_itself():
             structure = as_structure(self.structure)
-            self.tensors = [MaskedTensor(target, structure) for target in select(model, self.targets)]
+            self.groups = [Groups(MaskedTensor(target, structure)) for target in select(model, self.targets)]
+            self.tensors = [groups.tensor for groups in self.groups]
             self.generator = torch.Generator().manual_seed(self.seed)
             self.all_parameters = parameter_count(model)
             self.masks_from_weights = isinstance(masks, str)
-            given = None if masks is None else [self._given(tensor, masks) for tensor in self.tensors]
+            given = None if masks is None else [self._given(groups, masks) for groups in self.groups]
             self._first = self._start(given)
             self.budget = self._budget_of([active for _, active in self._first])
             # Without a number from the arguments, the masks given say the budget, and a saved state may have another:
@@ -81,13 +84,19 @@ class MaskMethod(Method):
 
     def install(self) -> None:
         """See `Method.install`."""
-        for tensor, (alive, active) in zip(self.tensors, self._first, strict=True):
-            tensor.set_alive(alive, active)
+        for groups, (alive, active) in zip(self.groups, self._first, strict=True):
+            groups.tensor.apply(groups.change(alive, active))
         del self._first
 
     def config(self) -> dict[str, Any]:
         """See `Method.config`."""
         return {"method": self.name, "structure": str(as_structure(self.structure)), "targets": self.claims()}
+
+    def settings(self) -> dict[str, Any]:
+        """See `Method.settings`."""
+        elsewhere = ("targets", "structure", "seed")  # in `config`, and in the random state
+        names = [field.name for field in fields(self) if field.init and field.name not in elsewhere]
+        return {name: _plain(getattr(self, name)) for name in names}
 
     def state_dict(self) -> dict[str, Any]:
         """See `Method.state_dict`."""
@@ -124,9 +133,9 @@ class MaskMethod(Method):
         """Whether so many weights can be active under a budget."""
         return active == budget
 
-    def _weights(self, groups: Sequence[int]) -> int:
+    def _weights(self, counts: Sequence[int]) -> int:
         """The weights in so many groups of each tensor."""
-        return sum(count * tensor.group_size for count, tensor in zip(groups, self.tensors, strict=True))
+        return sum(count * groups.size for count, groups in zip(counts, self.groups, strict=True))
 
     @contextmanager
     def _naming_itself(self) -> Iterator[None]:
@@ -151,21 +160,17 @@ class MaskMethod(Method):
 
     def _split(self) -> list[int]:
         """Active groups of each tensor."""
-        shares = self._shares()
-        return allocate(self.distribution, shares, self._budget(shares, self.sparsity))
+        return allocate(self.distribution, self.groups, self._active_weights(self.sparsity))
 
-    def _shares(self) -> list[Share]:
-        return [Share(tensor.name, tensor.shape, tensor.structure, tensor.input_dim) for tensor in self.tensors]
-
-    def _budget(self, shares: list[Share], sparsity: float | None) -> int:
+    def _active_weights(self, sparsity: float | None) -> int:
         """Active weights in all."""
-        cell = shares[0].structure.cell
-        total = sum(share.weights for share in shares)
+        cell = self.groups[0].cell
+        total = sum(tensor.weights for tensor in self.tensors)
         if cell is not None:
             implied = 1 - cell[0] / cell[1]
             if sparsity is not None and abs(sparsity - implied) > 1e-9:
                 raise ConfigurationError(
-                    f"sparsity={sparsity} disagrees with structure {shares[0].structure}, which has "
+                    f"sparsity={sparsity} disagrees with structure {cell[0]}:{cell[1]}, which has "
                     f"sparsity {implied:g}; leave sparsity out"
                 )
             return total * cell[0] // cell[1]
@@ -177,25 +182,24 @@ class MaskMethod(Method):
             raise ConfigurationError(
                 "no sparsity; give it (in [0, 1)), or an explicit distribution, an N:M structure, or masks to `attach`"
             )
-        return budget(sparsity, shares, self.all_parameters, self.over)
+        return budget(sparsity, self.groups, self.all_parameters, self.over)
 
     def _random_masks(self, counts: list[int]) -> list[tuple[Tensor, int]]:
-        masks = []
-        for tensor, count in zip(self.tensors, counts, strict=True):
-            if tensor.structure.cell is not None:
-                n, m = tensor.structure.cell
-                scores = torch.rand(tensor.groups, generator=self.generator)
-                alive = largest_in_cells(scores, torch.tensor([n]), m).to(torch.int8).neg_()
-            else:
-                eligible = torch.ones(tensor.groups, dtype=torch.bool)
-                (chosen,) = sample([tensor], [eligible], [tensor.groups], [count], self.generator)
-                alive = torch.zeros(tensor.groups, dtype=torch.int8).index_fill_(0, chosen, -1)
-            masks.append((alive.to(tensor.mask.device), count))
-        return masks
+        alive = [torch.zeros(each.total, dtype=torch.int8, device=each.device) for each in self.groups]
+        grow(
+            self.groups,
+            alive,
+            [mask == 0 for mask in alive],
+            [each.total for each in self.groups],
+            counts,
+            self.generator,
+        )
+        return list(zip(alive, counts, strict=True))
 
-    def _given(self, tensor: MaskedTensor, masks: Masks) -> tuple[Tensor, int]:
+    def _given(self, groups: Groups, masks: Masks) -> tuple[Tensor, int]:
         """Read one tensor's given mask, as a mask of groups."""
         assert masks is not None
+        tensor = groups.tensor
         if isinstance(masks, str):
             if masks != "zeros":
                 raise ConfigurationError(f"masks: got {masks!r}; allowed are 'zeros' or a mapping name → mask")
@@ -207,47 +211,43 @@ class MaskMethod(Method):
             if tuple(kept.shape) != tensor.shape:
                 raise ConfigurationError(f"masks: {tensor.name} has shape {tensor.shape}, its mask {tuple(kept.shape)}")
         mask = kept.to(torch.int8).neg_()
-        alive = tensor.structure.collapse(mask, tensor.input_dim)
+        alive = groups.collapse(mask)
         if (active := int((alive != 0).sum())) == 0:
             raise ConfigurationError(
                 f"{tensor.name}: its mask has no active weight; give it one, or exclude it from targets"
             )
-        if tensor.structure.cell is not None:
-            n, m = tensor.structure.cell
+        if groups.cell is not None:
+            n, m = groups.cell
             wrong = int((alive.view(-1, m).sum(1) != -n).sum())
             if wrong:
                 raise ConfigurationError(
-                    f"{tensor.name}: {wrong} of {tensor.groups // m} cells of {m} weights do not have exactly {n} "
+                    f"{tensor.name}: {wrong} of {groups.total // m} cells of {m} weights do not have exactly {n} "
                     f"active, as structure {tensor.structure} asks; prune with this structure first (gossamer.prune)"
                 )
         if not isinstance(masks, str):  # a single zero in a living group is a value, but in a mask it is a wish
-            torn = (tensor.structure.expand(alive, mask.shape, tensor.input_dim) != mask).to(torch.int8).neg_()
-            if wrong := int(tensor.structure.collapse(torn, tensor.input_dim).count_nonzero()):
+            torn = (groups.expand(alive) != mask).to(torch.int8).neg_()
+            if wrong := int(groups.collapse(torn).count_nonzero()):
                 raise ConfigurationError(
-                    f"{tensor.name}: {wrong} of {tensor.groups} groups of structure {tensor.structure} are only partly "
+                    f"{tensor.name}: {wrong} of {groups.total} groups of structure {tensor.structure} are only partly "
                     "active in its mask; prune with this structure first (gossamer.prune), or use structure='element'"
                 )
         return alive, active
 
     def _alive(self) -> list[Tensor]:
-        return [tensor.alive() for tensor in self.tensors]
+        return [groups.alive() for groups in self.groups]
 
     def _active(self) -> list[int]:
-        return [tensor.active_groups for tensor in self.tensors]
+        return [groups.active for groups in self.groups]
 
-    def _refill(self, index: int, kept: Tensor, dropped: Tensor, scores: Tensor | None) -> Tensor:
-        """Bring every cell of an N:M tensor back to N active groups, by score or at random.
+    def _changes(self, alive: Sequence[Tensor], active: Sequence[int]) -> list[Change]:
+        """The changes to these masks of groups with so many active ones."""
+        return [groups.change(mask, count) for groups, mask, count in zip(self.groups, alive, active, strict=True)]
 
-        Groups just dropped come last, so that they return only where a cell has no others.
-        """
-        tensor = self.tensors[index]
-        assert tensor.structure.cell is not None
-        n, m = tensor.structure.cell
-        if scores is None:
-            whole = torch.rand(tensor.groups, generator=self.generator)
-            scores = whole[tensor.first_group : tensor.first_group + len(kept)].to(kept.device)
-        scores.index_fill_(0, dropped, torch.finfo(scores.dtype).min)
-        scores.masked_fill_(kept != 0, -torch.inf)
-        refuse_nan([tensor], [scores])
-        missing = kept.view(-1, m).sum(1).add(n)
-        return kept - largest_in_cells(scores, missing, m).to(torch.int8)
+
+def _plain(value: Any) -> Any:
+    """An argument as a JSON value."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return getattr(value, "__qualname__", None) or repr(value)

@@ -65,8 +65,8 @@ def prune(
     guard.check_unwrapped(model)
     method.bind(model, None)
     guard.check_unclaimed(tensor.parameter for tensor in method.tensors)
-    for tensor, alive, active in method.update(method.end, lambda _: {}).changes:
-        tensor.set_alive(alive, active)
+    for change in method.update(method.end, lambda _: {}).changes:
+        change.tensor.apply(change)
     return summarize(model, [method])
 
 

@@ -1,4 +1,7 @@
-"""Pruning down to given counts by rank, which one-shot and gradual pruning share."""
+"""Drop, grow and prune by rank: what the methods of hard masks share.
+
+All work on int8 masks of groups (−1 active, 0 pruned) of this rank, one a weight, and change them in place.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,90 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gossamer.masks import MaskedTensor, count_over_shards, largest, largest_in_cells, refuse_nan, smallest
+from gossamer.groups import Groups, largest, largest_in_cells, refuse_nan, sample, smallest
+from gossamer.masks import count_over_shards
 from gossamer.method import StateOf
 from gossamer.scores import Score, group_scores
 
 
+def scores_of_active(
+    groups: Sequence[Groups], alive: Sequence[Tensor], score: Score, state: StateOf, p: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The active groups of each weight, int64 `(active on this rank,)`, and their scores, of the same shape."""
+    index = [(mask != 0).nonzero().view(-1) for mask in alive]
+    return index, [group_scores(g, score, state(g.tensor), p, i) for g, i in zip(groups, index, strict=True)]
+
+
+def drop(
+    groups: Sequence[Groups],
+    alive: Sequence[Tensor],
+    index: Sequence[Tensor],
+    scores: Sequence[Tensor],
+    counts: Sequence[int] | int,
+) -> list[Tensor]:
+    """Deactivate the groups with the smallest scores.
+
+    Args:
+        groups: The groups of each weight.
+        alive: Their masks, changed in place.
+        index: The groups that may be dropped.
+        scores: Their scores; overwritten.
+        counts: How many to drop of each weight, or of all ranked together.
+
+    Returns:
+        The groups dropped, int64 indices.
+
+    Raises:
+        NonFiniteError: A score is NaN.
+    """
+    chosen = smallest(groups, scores, counts)
+    dropped = [positions[choice] for positions, choice in zip(index, chosen, strict=True)]
+    for mask, gone in zip(alive, dropped, strict=True):
+        mask.index_fill_(0, gone, 0)
+    return dropped
+
+
+def grow(
+    groups: Sequence[Groups],
+    alive: Sequence[Tensor],
+    eligible: Sequence[Tensor],
+    rooms: Sequence[int],
+    counts: Sequence[int],
+    source: torch.Generator | Sequence[Tensor],
+) -> None:
+    """Activate exactly so many eligible groups of each weight; under N:M, what brings every cell to N active groups.
+
+    In a cell without enough eligible groups the others that are not active return.
+
+    Args:
+        groups: The groups of each weight.
+        alive: Their masks, changed in place.
+        eligible: bool, which may become active; none that is active; overwritten.
+        rooms: Number of eligible groups of each global weight.
+        counts: How many to activate; ignored under N:M.
+        source: A generator, for random growth; or scores of all groups, of which the largest grow; overwritten.
+
+    Raises:
+        NonFiniteError: A score is NaN.
+    """
+    if groups[0].cell is not None:
+        for i, each in enumerate(groups):
+            scores = _random_scores(each, source) if isinstance(source, torch.Generator) else source[i]
+            _fill_cells(each, alive[i], eligible[i], scores)
+        return
+    if isinstance(source, torch.Generator):
+        chosen = sample(groups, eligible, rooms, counts, source)
+    else:
+        for scores, free in zip(source, eligible, strict=True):
+            scores.masked_fill_(~free, -torch.inf)
+        chosen = largest(groups, source, counts)
+    for mask, grown in zip(alive, chosen, strict=True):
+        mask.index_fill_(0, grown, -1)
+
+
 def prune_to(
-    tensors: Sequence[MaskedTensor],
-    alive: list[Tensor],
-    active: Sequence[int],
+    groups: Sequence[Groups],
+    alive: Sequence[Tensor],
     counts: Sequence[int],
     score: Score,
     state: StateOf,
@@ -24,42 +102,54 @@ def prune_to(
     """Deactivate the lowest-scoring active groups until exactly `counts` are left.
 
     Args:
-        tensors: The tensors.
-        alive: int8 masks of the groups on this rank, changed in place.
-        active: Active groups of each global tensor now.
-        counts: Active groups wanted of each tensor; or one number for all ranked together, where each tensor keeps
+        groups: The groups of each weight.
+        alive: Their masks, changed in place.
+        counts: Active groups wanted of each weight; or one number for all ranked together, where each weight keeps
             at least its best group. Under N:M the largest equal number a cell that covers it.
         score: What is pruned is smallest in this score.
-        state: The optimizer's state of a tensor.
+        state: The optimizer's state of a weight.
         p: Order of the norm that scores a group.
 
     Returns:
-        Active groups of each global tensor afterwards.
+        Active groups of each global weight afterwards.
     """
-    if tensors[0].structure.cell is not None:
-        return [_prune_cells(*each, score, state, p) for each in zip(tensors, alive, counts, strict=True)]
-    index = [(mask != 0).nonzero().view(-1) for mask in alive]
-    scores = [group_scores(t, score, state(t), p, i) for t, i in zip(tensors, index, strict=True)]
+    if groups[0].cell is not None:
+        return [_prune_cells(*each, score, state, p) for each in zip(groups, alive, counts, strict=True)]
+    index, scores = scores_of_active(groups, alive, score, state, p)
+    active = [each.active for each in groups]
     drops: int | list[int]
     if len(counts) == 1:
-        best = largest(tensors, [each.clone() for each in scores], [1] * len(tensors))
+        best = largest(groups, [each.clone() for each in scores], [1] * len(groups))
         for each, top in zip(scores, best, strict=True):
             each.index_fill_(0, top, torch.inf)
-        drops = max(0, sum(active) - max(counts[0], len(tensors)))
+        drops = max(0, sum(active) - max(counts[0], len(groups)))
     else:
         drops = [max(0, now - wanted) for now, wanted in zip(active, counts, strict=True)]
-    chosen = smallest(tensors, scores, drops)
-    for mask, positions, choice in zip(alive, index, chosen, strict=True):
-        mask.index_fill_(0, positions[choice], 0)
-    gone = count_over_shards(tensors, [torch.tensor(len(choice), device=choice.device) for choice in chosen])
+    dropped = drop(groups, alive, index, scores, drops)
+    gone = count_over_shards(groups, [torch.tensor(len(each), device=each.device) for each in dropped])
     return [now - lost for now, lost in zip(active, gone, strict=True)]
 
 
-def _prune_cells(tensor: MaskedTensor, alive: Tensor, count: int, score: Score, state: StateOf, p: float) -> int:
-    assert tensor.structure.cell is not None
-    m = tensor.structure.cell[1]
-    kept = -(-count * m // tensor.groups)
-    scores = group_scores(tensor, score, state(tensor), p).masked_fill_(alive == 0, -torch.inf)
-    refuse_nan([tensor], [scores])
+def _random_scores(groups: Groups, generator: torch.Generator) -> Tensor:
+    part = groups.tensor.mask.numel() // groups.size
+    return torch.rand(groups.total, generator=generator)[groups.first : groups.first + part].to(groups.device)
+
+
+def _fill_cells(groups: Groups, alive: Tensor, eligible: Tensor, scores: Tensor) -> None:
+    assert groups.cell is not None
+    n, m = groups.cell
+    scores.masked_fill_(~eligible, torch.finfo(scores.dtype).min)
+    scores.masked_fill_(alive != 0, -torch.inf)
+    refuse_nan([groups], [scores])
+    missing = alive.view(-1, m).sum(1).add(n)
+    alive.sub_(largest_in_cells(scores, missing, m).to(torch.int8))
+
+
+def _prune_cells(groups: Groups, alive: Tensor, count: int, score: Score, state: StateOf, p: float) -> int:
+    assert groups.cell is not None
+    m = groups.cell[1]
+    kept = -(-count * m // groups.total)
+    scores = group_scores(groups, score, state(groups.tensor), p).masked_fill_(alive == 0, -torch.inf)
+    refuse_nan([groups], [scores])
     alive.copy_(largest_in_cells(scores, torch.tensor([kept], device=alive.device), m)).neg_()
-    return tensor.groups // m * kept
+    return groups.total // m * kept
