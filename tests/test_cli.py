@@ -46,8 +46,13 @@ def test_a_shipped_recipe_trains_from_a_shell_and_leaves_a_run_folder():
     lines = output.splitlines()
     number = r"\d+\.\d+"
     epoch = rf"loss {number}  accuracy {number} %  sparsity 90.0 %  validation {number} %  {number} s"
-    assert re.fullmatch(rf"epoch 1/2  {epoch}", lines[0])
-    assert re.fullmatch(rf"epoch 2/2  {epoch}", lines[1])
+    assert lines[:3] == [
+        "data     digits, images: 1,293 to train, 144 to validate, 360 to test",
+        "network  mnist_mlp, 8,890 parameters",
+        "method   dsr, starts with 876 of 8,760 weights active",
+    ]
+    assert re.fullmatch(rf"epoch 1/2  {epoch}", lines[3])
+    assert re.fullmatch(rf"epoch 2/2  {epoch}", lines[4])
     assert any("layer1.weight" in line and "90×64" in line for line in lines)
     summary = json.loads(Path("runs/digits-1/summary.json").read_text())
     assert re.search(rf"test accuracy +{100 * summary['test_accuracy']:.2f} %", output)
@@ -193,6 +198,7 @@ def test_ctrl_c_leaves_a_run_that_continues_to_the_same_end():
     arguments = ["epochs=100", "model.width=0.3"]
     process = start("train", "digits", *arguments, "--out", "parts", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
+    assert [process.stdout.readline().split()[0] for _ in range(3)] == ["data", "network", "method"]
     assert process.stdout.readline().startswith("epoch 1/100")
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate()

@@ -33,6 +33,8 @@ class Run:
         self.updates: list[dict[str, Any]] = []
         self.accelerator = _accelerator(recipe)
         dataset = self._load_data()
+        parts = {"train": dataset.train, "validate": dataset.validation, "test": dataset.test}
+        self.images = {part: len(split) for part, split in parts.items() if split is not None}
         self.batches = self._batches(dataset.train, shuffle=True)
         self.validation = None if dataset.validation is None else self._batches(dataset.validation)
         self.test = self._batches(dataset.test)
@@ -55,6 +57,21 @@ class Run:
         self.sparsity.follow(self.optimizer)
         units = self.steps_per_epoch if recipe.schedule.per == "step" else 1
         self.scheduler = LambdaLR(self.optimizer, lambda count: recipe.schedule.factor(count, units, recipe.epochs))
+
+    def describe(self) -> list[str]:
+        """What is trained, on what and how sparse, a line each, for people."""
+        images = ", ".join(f"{count:,} to {part}" for part, count in self.images.items())
+        totals = self.sparsity.summary().totals
+        sparse = "none, every weight is trained"
+        if methods := " and ".join(method.name for method in self.sparsity.methods):
+            sparse = (
+                f"{methods}, starts with {totals['targets_active']:,} of {totals['targets_total']:,} weights active"
+            )
+        return [
+            f"data     {self.recipe.data.name}, images: {images}",
+            f"network  {self.recipe.model.name}, {totals['all_total']:,} parameters",
+            f"method   {sparse}",
+        ]
 
     def run_epoch(self, shown: Display) -> dict[str, Any]:
         """Train and validate for one epoch; return its metrics."""

@@ -110,6 +110,8 @@ def train(
         elif folder is not None and writes:
             folder.create()
         console = stdout_console() if progress and run.accelerator.is_main_process else None
+        if console is not None and seed == recipe.seeds[0]:
+            console.print(*run.describe(), sep="\n", highlight=False, soft_wrap=True)
         label = f"seed {seed}  " if len(recipe.seeds) > 1 else ""
         with display(console, label, recipe.epochs, run.steps_per_epoch * recipe.epochs, run.sparsity.step) as shown:
             while run.epoch < recipe.epochs:
