@@ -34,6 +34,9 @@ class MaskMethod(Method):
         over: `"targets"` or `"all"`: what the sparsity is a fraction of; see `gossamer.distribution.budget`.
         p: Order of the Lp-norm that scores a group of weights.
         seed: Seed of the method's own random generator; the same on all ranks.
+        rescale: Whether the first weights of each output are multiplied by `√(inputs / active inputs)`, so that
+            signals keep the variance they have in the dense network (Evci et al., 2022, sparse initialization). For
+            weights that are yet to be trained; masks given to `attach` never rescale.
 
     Raises:
         ConfigurationError: A value out of range, when the method is made.
@@ -47,6 +50,7 @@ class MaskMethod(Method):
     over: str = "targets"
     p: float = 2.0
     seed: int = 0
+    rescale: bool = False
     tensors: list[MaskedTensor] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -62,6 +66,8 @@ class MaskMethod(Method):
         check_integer("seed", self.seed, at_least=0)
         if self.over not in ("targets", "all"):
             raise ConfigurationError(f"over: got {self.over!r}; allowed are 'targets' and 'all'")
+        if not isinstance(self.rescale, bool):
+            raise ConfigurationError(f"rescale: expected True or False, got {self.rescale!r}")
         if isinstance(self.structure, str):
             as_structure(self.structure)
 
@@ -74,6 +80,7 @@ class MaskMethod(Method):
             self.generator = torch.Generator().manual_seed(self.seed)
             self.all_parameters = parameter_count(model)
             self.masks_from_weights = isinstance(masks, str)
+            self._rescales = self.rescale and masks is None
             given = None if masks is None else [self._given(groups, masks) for groups in self.groups]
             self._first = self._start(given)
             self.budget = self._budget_of([active for _, active in self._first])
@@ -86,6 +93,8 @@ class MaskMethod(Method):
         """See `Method.install`."""
         for groups, (alive, active) in zip(self.groups, self._first, strict=True):
             groups.tensor.apply(groups.change(alive, active))
+            if self._rescales:
+                _rescale(groups.tensor)
         del self._first
 
     def config(self) -> dict[str, Any]:
@@ -94,7 +103,7 @@ class MaskMethod(Method):
 
     def settings(self) -> dict[str, Any]:
         """See `Method.settings`."""
-        elsewhere = ("targets", "structure", "seed")  # in `config`, and in the random state
+        elsewhere = ("targets", "structure", "seed", "rescale")  # in `config`, in the random state, or done with
         names = [field.name for field in fields(self) if field.init and field.name not in elsewhere]
         return {name: _plain(getattr(self, name)) for name in names}
 
@@ -242,6 +251,13 @@ class MaskMethod(Method):
     def _changes(self, alive: Sequence[Tensor], active: Sequence[int]) -> list[Change]:
         """The changes to these masks of groups with so many active ones."""
         return [groups.change(mask, count) for groups, mask, count in zip(self.groups, alive, active, strict=True)]
+
+
+def _rescale(tensor: MaskedTensor) -> None:
+    outputs = 1 - tensor.input_dim
+    others = [dim for dim in range(len(tensor.shape)) if dim != outputs]
+    active = (tensor.mask != 0).sum(others, keepdim=True).clamp(min=1)
+    tensor.parameter.mul_((tensor.weights / tensor.shape[outputs] / active).sqrt().to(tensor.parameter.dtype))
 
 
 def _plain(value: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from gossamer.errors import ConfigurationError
-from gossamer.zoo._layers import check_sizes, scaled
+from gossamer.zoo._layers import check_sizes, initialise_plain, scaled
 
 SIZES = (6, 16, 120, 84)
 """Maps of the two convolutions, units of the two hidden linear layers."""
@@ -32,6 +32,7 @@ class LeNet(nn.Module):
         self.linear2 = nn.Linear(sizes[2], sizes[3])
         self.relu4 = nn.ReLU()
         self.linear3 = nn.Linear(sizes[3], classes)
+        initialise_plain(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images of shape (N, in_channels, image_size, image_size) to logits of shape (N, classes)."""

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from gossamer.zoo._layers import check_sizes, scaled
+from gossamer.zoo._layers import check_sizes, initialise_plain, scaled
 
 
 class MLP(nn.Module):
@@ -21,6 +21,7 @@ class MLP(nn.Module):
         self.layer2 = nn.Linear(hidden[0], hidden[1])
         self.relu2 = nn.ReLU()
         self.layer3 = nn.Linear(hidden[1], classes)
+        initialise_plain(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map inputs of shape (N, ...) with `in_features` values each to logits of shape (N, classes)."""
