@@ -399,3 +399,33 @@ def test_gmp_down_to_2_of_4_keeps_the_largest_of_every_cell() -> None:
         for values, alive in zip(cells.tolist(), kept.tolist(), strict=True):
             largest = sorted(range(4), key=lambda i, v=values: -v[i])[:2]
             assert [i for i in range(4) if alive[i]] == sorted(largest)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_rescaled_weights_keep_the_variance_of_each_output(structure: str) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        transposed = nn.ConvTranspose2d(8, 16, 3, groups=2)
+        return nn.ModuleDict({"linear": nn.Linear(16, 8), "conv": nn.Conv2d(8, 4, 3), "transposed": transposed})
+
+    model, plain = make(), make()
+    sparsity = None if structure == "2:4" else 0.75
+    masks = gs.attach(model, gs.Static(sparsity, structure=structure, rescale=True)).masks()
+    for name, mask in masks.items():
+        weight, before = model.get_parameter(name), plain.get_parameter(name)
+        output = 1 if name == "transposed.weight" else 0
+        for i in range(weight.shape[output]):
+            kept = mask.select(output, i)
+            inputs = kept.numel()
+            factor = math.sqrt(inputs / max(1, int(kept.sum())))
+            expected = before.select(output, i)[kept] * factor
+            assert torch.allclose(weight.select(output, i)[kept], expected)
+            assert not weight.select(output, i)[~kept].any()
+
+
+def test_given_masks_never_rescale() -> None:
+    model = nn.Sequential(nn.Linear(8, 4))
+    gs.prune(model, 0.5)
+    before = model[0].weight.detach().clone()
+    gs.attach(model, gs.SET(rescale=True), masks="zeros")
+    assert model[0].weight.equal(before)
