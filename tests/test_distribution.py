@@ -29,7 +29,7 @@ def share(name, shape, structure=None):
     """The groups of a weight without storage."""
     owner = nn.Module()
     owner.weight = nn.Parameter(torch.empty(shape, device="meta"))
-    return Groups(MaskedTensor(Target(name, owner, "weight", 1), structure or Element()))
+    return Groups(MaskedTensor(Target(name, ((owner, "weight"),), 1)), structure or Element())
 
 
 def shares_of(shapes, structure=None):

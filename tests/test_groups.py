@@ -25,7 +25,7 @@ def vectors(*sizes):
     for i, size in enumerate(sizes):
         owner = nn.Module()
         owner.weight = nn.Parameter(torch.ones(size, 1))
-        found.append(Groups(MaskedTensor(Target(f"layer.{i}.weight", owner, "weight", 1), Element())))
+        found.append(Groups(MaskedTensor(Target(f"layer.{i}.weight", ((owner, "weight"),), 1)), Element()))
     return found
 
 

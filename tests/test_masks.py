@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from gossamer.groups import Groups
-from gossamer.masks import Change, MaskedTensor, count_over_shards, enforce, pack, unpack
+from gossamer.groups import Groups, changes
+from gossamer.masks import Change, MaskedTensor, count_active, count_over_shards, enforce, pack, unpack
 from gossamer.structure import NM, Block, Element
 from gossamer.targets import Target
 
@@ -24,11 +24,11 @@ DTYPES = st.sampled_from(list(INTEGERS))
 SPECIAL = [math.nan, math.inf, -math.inf, -0.0, 0.0, 1.0, -1.0, 1e-7, -1e-7, 65504.0]
 
 
-def masked(shape, structure=None, input_dim=1, dtype=torch.float32, name="layer.weight"):
+def masked(shape, input_dim=1, dtype=torch.float32, name="layer.weight"):
     """A weight under a full mask."""
     owner = nn.Module()
     owner.weight = nn.Parameter(torch.ones(shape, dtype=dtype))
-    return MaskedTensor(Target(name, owner, "weight", input_dim), structure or Element())
+    return MaskedTensor(Target(name, ((owner, "weight"),), input_dim))
 
 
 def vectors(*sizes):
@@ -98,11 +98,12 @@ def test_an_empty_shard_is_enforced(shape):
 
 @pytest.mark.parametrize(("structure", "input_dim"), [(Element(), 1), (NM(1, 3), 1), (NM(2, 4), 0), (Block(2, 3), 1)])
 def test_new_mask_prunes_at_once_and_reports_what_is_newly_active(structure, input_dim):
-    tensor = masked((4, 6, 2), structure, input_dim)
-    groups = Groups(tensor)
+    tensor = masked((4, 6, 2), input_dim)
+    groups = Groups(tensor, structure)
     first = torch.zeros(groups.total, dtype=torch.int8)
     first[: groups.total // 2] = -1
-    grown, begun = tensor.apply(groups.change(first, groups.total // 2))
+    grown, begun = tensor.apply(*changes([groups], [first]))
+    count_active([tensor])
     assert not grown.any()
     assert not begun.any()
     assert tensor.active == tensor.weights // 2
@@ -110,7 +111,7 @@ def test_new_mask_prunes_at_once_and_reports_what_is_newly_active(structure, inp
     with torch.no_grad():
         tensor.parameter.fill_(math.nan)  # what an optimizer may leave in pruned weights
     second = first.bitwise_not()
-    grown, begun = tensor.apply(groups.change(second, groups.total - groups.total // 2))
+    grown, begun = tensor.apply(*changes([groups], [second]))
     expected = structure.expand(second, (4, 6, 2), input_dim)
     assert grown.equal(expected)
     assert begun.equal(expected)
@@ -121,11 +122,11 @@ def test_new_mask_prunes_at_once_and_reports_what_is_newly_active(structure, inp
 
 def test_mask_takes_the_layout_of_the_weight():
     owner = nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)
-    tensor = MaskedTensor(Target("weight", owner, "weight", 1), Element())
+    tensor = MaskedTensor(Target("weight", ((owner, "weight"),), 1))
     assert tensor.mask.stride() == owner.weight.stride()
-    groups = Groups(tensor)
+    groups = Groups(tensor, Element())
     alive = torch.randint(2, (groups.total,), generator=torch.Generator().manual_seed(0), dtype=torch.int8).neg_()
-    tensor.apply(groups.change(alive, int((alive != 0).sum())))
+    tensor.apply(*changes([groups], [alive]))
     assert tensor.mask.stride() == owner.weight.stride()
     assert (owner.weight != 0).reshape(-1).equal(alive != 0)
     assert groups.alive().equal(alive)
@@ -133,11 +134,11 @@ def test_mask_takes_the_layout_of_the_weight():
 
 def test_newly_active_and_renewed_weights_start_at_the_given_values_and_others_stay():
     tensor = masked((1, 6))
-    tensor.apply(Change(tensor, torch.tensor([[-1, -1, -1, 0, 0, 0]], dtype=torch.int8), 3))
+    tensor.apply(Change(tensor, torch.tensor([[-1, -1, -1, 0, 0, 0]], dtype=torch.int8)))
     values = torch.tensor([[2.0, 3.0, 4.0, 5.0, 6.0, 7.0]])
     mask = torch.tensor([[-1, -1, 0, -1, 0, 0]], dtype=torch.int8)
     renewed = torch.tensor([[0, -1, -1, 0, -1, 0]], dtype=torch.int8)  # of pruned weights it has no meaning
-    grown, begun = tensor.apply(Change(tensor, mask, 3, renewed, values))
+    grown, begun = tensor.apply(Change(tensor, mask, renewed, values))
     assert tensor.parameter.tolist() == [[1.0, 3.0, 0.0, 5.0, 0.0, 0.0]]
     assert grown.tolist() == [[0, 0, 0, -1, 0, 0]]
     assert begun.tolist() == [[0, -1, 0, -1, 0, 0]]
@@ -146,7 +147,7 @@ def test_newly_active_and_renewed_weights_start_at_the_given_values_and_others_s
 def test_renewed_weights_without_values_start_at_zero():
     tensor = masked((1, 3))
     renewed = torch.tensor([[0, -1, 0]], dtype=torch.int8)
-    tensor.apply(Change(tensor, tensor.mask.clone(), 3, renewed))
+    tensor.apply(Change(tensor, tensor.mask.clone(), renewed))
     assert tensor.parameter.tolist() == [[1.0, 0.0, 1.0]]
 
 

@@ -10,18 +10,26 @@ import gossamer as gs
 from gossamer.errors import ConfigurationError
 from gossamer.groups import Groups
 from gossamer.masks import MaskedTensor
-from gossamer.scores import SCORES, View, as_score, group_scores
+from gossamer.scores import SCORES, View, as_score
 from gossamer.structure import NM, Block, Element
 from gossamer.targets import Target
 
 
-def masked(shape=(4, 6), structure=None, seed=0, with_gradient=True):
+def masked(shape=(4, 6), seed=0, with_gradient=True):
     generator = torch.Generator().manual_seed(seed)
     owner = nn.Module()
     owner.weight = nn.Parameter(torch.randn(shape, generator=generator))
     if with_gradient:
         owner.weight.grad = torch.randn(shape, generator=generator)
-    return MaskedTensor(Target("layer.weight", owner, "weight", 1), structure or Element())
+    return MaskedTensor(Target("layer.weight", ((owner, "weight"),), 1))
+
+
+def groups_of(tensor, structure=None):
+    return Groups(tensor, structure or Element())
+
+
+def no_state(tensor):
+    return {}
 
 
 FORMULAS = {
@@ -66,7 +74,7 @@ def test_score_by_a_gradient_that_is_missing_is_refused(name):
     with pytest.raises(
         ConfigurationError, match=r"layer.weight: has no gradient, which its score needs: it took no part"
     ):
-        group_scores(Groups(masked(with_gradient=False)), as_score(name), {})
+        groups_of(masked(with_gradient=False)).scores(as_score(name), no_state)
 
 
 @pytest.mark.parametrize(
@@ -95,16 +103,17 @@ def test_momentum_of_an_optimizer_that_keeps_none_is_refused():
     with pytest.raises(
         ConfigurationError, match=r"layer.weight: score 'momentum' needs .* the state here has \['square_avg'"
     ):
-        group_scores(Groups(tensor), as_score("momentum"), optimizer.state[tensor.parameter])
+        groups_of(tensor).scores(as_score("momentum"), lambda tensor: optimizer.state[tensor.parameter])
 
 
 @pytest.mark.parametrize("structure", [Element(), NM(1, 3), Block(2, 3)], ids=str)
 @given(p=st.sampled_from([1.0, 2.0, 3.0]), seed=st.integers(0, 50), name=st.sampled_from(["gradient", "movement"]))
 def test_group_score_is_the_norm_of_the_scores_of_its_weights_or_their_sum_where_signed(structure, p, seed, name):
-    tensor = masked(structure=structure, seed=seed)
+    tensor = masked(seed=seed)
     score = as_score(name)
     weights = score(View(tensor, {}))
-    whole = group_scores(Groups(tensor), score, {}, p)
+    groups = groups_of(tensor, structure)
+    whole = groups.scores(score, no_state, p)
     if isinstance(structure, Block):
         blocks = [weights[r : r + 2, c : c + 3] for r in (0, 2) for c in (0, 3)]
         signed = [block.sum() for block in blocks]
@@ -112,33 +121,33 @@ def test_group_score_is_the_norm_of_the_scores_of_its_weights_or_their_sum_where
         torch.testing.assert_close(whole, torch.stack(signed if name == "movement" else norms))
     else:
         assert whole.equal(weights.flatten())  # single weights keep their sign
-    index = torch.tensor([Groups(tensor).total - 1, 0, 1])
-    assert group_scores(Groups(tensor), score, {}, p, index).equal(whole[index])
+    index = torch.tensor([groups.total - 1, 0, 1])
+    assert groups.scores(score, no_state, p, index).equal(whole[index])
 
 
 def test_blocks_that_training_shrinks_are_worth_less_than_those_it_grows():
-    tensor = masked(structure=Block(2, 3))
+    tensor = masked()
     with torch.no_grad():
         tensor.parameter.grad.copy_(tensor.parameter)  # a step makes every weight smaller
         tensor.parameter.grad[:2, :3].neg_()  # but not those of the first block
-    scores = group_scores(Groups(tensor), as_score("movement"), {})
+    scores = groups_of(tensor, Block(2, 3)).scores(as_score("movement"), no_state)
     assert scores[0] > 0
     assert (scores[1:] < 0).all()
 
 
 @pytest.mark.parametrize("structure", [Element(), NM(1, 3), Block(2, 3)], ids=str)
 def test_ranking_by_the_weights_themselves_does_not_change_them(structure):
-    tensor = masked(structure=structure)
+    tensor = masked()
     before = tensor.parameter.detach().clone()
     for score in (lambda view: view.weight, lambda view: view.gradient):
-        group_scores(Groups(tensor), score, {}).fill_(7.0)
+        groups_of(tensor, structure).scores(score, no_state).fill_(7.0)
     assert tensor.parameter.equal(before)
 
 
 @pytest.mark.parametrize("index", [None, torch.tensor([0, 5])], ids=["all", "some"])
 def test_score_of_another_shape_is_refused(index):
     with pytest.raises(ConfigurationError, match=r"layer.weight: its score has shape \(\), expected \((4, 6|2,)\)"):
-        group_scores(Groups(masked()), lambda view: view.weight.sum(), {}, index=index)
+        groups_of(masked()).scores(lambda view: view.weight.sum(), no_state, index=index)
 
 
 def test_score_may_be_a_function_of_a_view():
@@ -149,7 +158,7 @@ def test_score_may_be_a_function_of_a_view():
     assert as_score(distance_to_one) is distance_to_one
     tensor = masked()
     expected = -(tensor.parameter.detach() - 1).abs().flatten()
-    assert group_scores(Groups(tensor), distance_to_one, {}).equal(expected)
+    assert groups_of(tensor).scores(distance_to_one, no_state).equal(expected)
 
 
 def test_unknown_score_lists_the_known():

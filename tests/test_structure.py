@@ -118,7 +118,7 @@ def test_collapse_returns_a_copy(case):
 @given(divided(), st.data())
 def test_a_part_of_the_rows_has_a_contiguous_range_of_groups(case, data):
     structure, shape, input_dim = case
-    multiple = structure.row_multiple(input_dim)
+    multiple = structure.row_multiple(shape, input_dim)
     parts = shape[0] // multiple
     first, last = sorted((data.draw(st.integers(0, parts)), data.draw(st.integers(0, parts))))
     rows = slice(first * multiple, last * multiple)
@@ -198,7 +198,7 @@ def test_text_and_structure_are_one(first, second):
 def test_element_is_read_and_written():
     assert as_structure("element") == Element()
     assert str(Element()) == "element"
-    assert (Element().size((4, 4), 1), Element().cell, Element().row_multiple(0)) == (1, None, 1)
+    assert (Element().size((4, 4), 1), Element().cell, Element().row_multiple((4, 4), 0)) == (1, None, 1)
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ from gossamer.errors import (
     OrderError,
     StateError,
 )
-from gossamer.method import MaskUpdate, Method
+from gossamer.method import Change, MaskUpdate, Method, Proposal
+from gossamer.prune import import_torch_masks, prune
 from gossamer.structure import NM, Block, Element
 from gossamer.summary import Summary
 from gossamer.weights import DSR, GMP, SET, RigL, Static
-from gossamer.weights.prune import import_torch_masks, prune
 
 __version__ = version("gossamer")
 
@@ -26,6 +26,7 @@ __all__ = [
     "NM",
     "SET",
     "Block",
+    "Change",
     "ConfigurationError",
     "DataError",
     "Element",
@@ -34,6 +35,7 @@ __all__ = [
     "Method",
     "NonFiniteError",
     "OrderError",
+    "Proposal",
     "RigL",
     "Sparsity",
     "StateError",

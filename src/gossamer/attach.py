@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from gossamer import guard, optimizers, state
 from gossamer.errors import ConfigurationError, OrderError
 from gossamer.hooks import StepHooks
-from gossamer.masks import enforce, pack, rows_like
+from gossamer.masks import count_active, enforce, pack, rows_like
 from gossamer.method import Masks, MaskUpdate, Method
 from gossamer.summary import Summary, summarize
 from gossamer.targets import closest, local, plain_name
@@ -44,7 +44,8 @@ def attach(
     Args:
         model: The model, before it is compiled or wrapped.
         methods: One method or a list of them; a weight belongs to at most one.
-        optimizer: As for `Sparsity.follow`, where nothing wraps the model.
+        optimizer: As for `Sparsity.follow`, where nothing wraps the model. `"auto"` follows the first optimizer that
+            steps with these weights, for training loops that make it themselves.
         masks: Where masks start: `None`, as each method says; `"zeros"`, the zeros the model has (sparse
             fine-tuning); or a mapping parameter name → mask, nonzero where active, in the weight's shape.
         second_moment: Where Adam's second moment starts for newly active weights: `"zero"` as for a fresh
@@ -67,16 +68,19 @@ def attach(
         method.bind(model, masks)
     _check_claims(bound)
     if isinstance(masks, Mapping):
-        names = [name for method in bound for name in method.claims()]
+        names = [target.name for method in bound for target in method.claims()]
         if unknown := sorted(set(masks) - set(names)):
             raise ConfigurationError(f"masks: {unknown[0]!r} is no target" + closest(unknown[0], names))
-    followed = [] if optimizer is None else _check_follow(bound, optimizer)
+    automatic = isinstance(optimizer, str) and optimizer == "auto"
+    followed = [] if optimizer is None or automatic else _check_follow(bound, optimizer)
     with torch.no_grad():
         for method in bound:
             method.install()
     sparsity = Sparsity(model, bound, second_moment)
     if followed:
         sparsity.follow(followed)
+    if automatic:
+        sparsity._hooks.adopt = sparsity.follow
     return sparsity
 
 
@@ -185,12 +189,13 @@ class Sparsity:
         return self._hooks.step
 
     @torch.no_grad()
-    def update(self, phase: str = "update") -> list[MaskUpdate]:
+    def update(self, phase: str = "update", **arguments: Any) -> list[MaskUpdate]:
         """Update masks now, whatever the schedule says.
 
         Args:
             phase: `"update"`, or the name of a phase that a method offers (DSR: `"prune"`, `"reallocate"`,
                 `"adjust_threshold"`).
+            arguments: What the phase takes besides, if anything.
 
         Returns:
             What each method with this phase did.
@@ -204,7 +209,7 @@ class Sparsity:
             allowed = sorted({name for each in phases for name in each})
             raise ConfigurationError(f"update: no method has a phase {phase!r}; there are {allowed}")
         proposals = [
-            (method, each[phase](self.step, self._hooks.state_of))
+            (method, each[phase](self.step, self._hooks.state_of, **arguments))
             for method, each in zip(self.methods, phases, strict=True)
             if phase in each
         ]
@@ -224,14 +229,19 @@ class Sparsity:
         return {tensor.name: tensor.distribute(tensor.mask != 0) for tensor in self._hooks.tensors()}
 
     def density(self) -> float:
-        """Fraction of active weights among the masked ones, in (0, 1]; 1.0 where none is masked."""
-        tensors = self._hooks.tensors()
-        total = sum(tensor.weights for tensor in tensors)
-        return sum(tensor.active for tensor in tensors) / total if total else 1.0
+        """Fraction of active weights among those that methods claim, in (0, 1]; 1.0 where there are none.
+
+        A weight whose mask is still being learned counts as active.
+        """
+        claims = self._hooks.claims()
+        total = sum(each.parameter.numel() for each in claims)
+        pruned = sum(tensor.weights - tensor.active for tensor in self._hooks.tensors())
+        return (total - pruned) / total if total else 1.0
 
     def summary(self) -> Summary:
         """Counts for every tensor and in all; prints as a table."""
-        return summarize(self._model, self.methods)
+        groups = self.param_groups() if self._hooks.attached else []
+        return summarize(self._model, self.methods, {id(each) for group in groups for each in group["params"]})
 
     @torch.no_grad()
     def project(self, copy: nn.Module) -> None:
@@ -279,13 +289,15 @@ class Sparsity:
         """
         self._require_attached()
         learned = {id(parameter) for group in self.param_groups() for parameter in group["params"]}
-        for tensor in self._hooks.tensors():
-            enforce(local(tensor.parameter), tensor.mask)
         for method in self.methods:
             method.finalize()
+        tensors = self._hooks.tensors()
+        for tensor in tensors:
+            enforce(local(tensor.parameter), tensor.mask)
+        count_active(tensors)
         for optimizer in self._hooks.optimizers:
             _drop_parameters(optimizer, learned)
-        self.detach()
+        self._hooks.release()
         return self._model
 
     # -- state ---------------------------------------------------------------------------------------------------------
@@ -296,6 +308,7 @@ class Sparsity:
 
         The masks of sharded weights are DTensors, sharded alike; the world size may be another when they are loaded.
         """
+        self._hooks.tell()
         return state.save(self.methods, self.step, self._hooks.frozen, self._hooks.second_moment)
 
     @torch.no_grad()
@@ -325,24 +338,24 @@ class Sparsity:
 def _check_claims(methods: Sequence[Method]) -> None:
     owner: dict[str, Method] = {}
     for method in methods:
-        for name in method.claims():
-            if name in owner:
-                raise ConfigurationError(
-                    f"{name}: belongs to both {owner[name]!r} and {method!r}; give them `targets` that do not overlap"
-                )
-            owner[name] = method
-        if getattr(method, "over", None) == "all" and len(methods) > 1:
+        if method.over_all and len(methods) > 1:
             raise ConfigurationError(
                 f"{method!r}: over='all' counts every other weight as dense, and another method is attached beside it; "
                 "give each its sparsity over='targets'"
             )
-        for tensor in method.tensors:
-            if not tensor.parameter.requires_grad:
+        for target in method.claims():
+            if target.name in owner:
                 raise ConfigurationError(
-                    f"{tensor.name}: is frozen (requires_grad=False) and would not be trained; leave it out with "
-                    f"targets=['!{tensor.name}'], or prune it with gossamer.prune"
+                    f"{target.name}: belongs to both {owner[target.name]!r} and {method!r}; give them `targets` that "
+                    "do not overlap"
                 )
-    guard.check_unclaimed(tensor.parameter for method in methods for tensor in method.tensors)
+            owner[target.name] = method
+            if not target.parameter.requires_grad:
+                raise ConfigurationError(
+                    f"{target.name}: is frozen (requires_grad=False) and would not be trained; leave it out with "
+                    f"targets=['!{target.name}'], or prune it with gossamer.prune"
+                )
+    guard.check_unclaimed(target.parameter for method in methods for target in method.claims())
 
 
 def _check_follow(methods: Sequence[Method], optimizer: object) -> list[optim.Optimizer]:
@@ -354,11 +367,12 @@ def _check_follow(methods: Sequence[Method], optimizer: object) -> list[optim.Op
         for parameter in optimizers.parameters(each):
             holders[id(parameter)] = holders.get(id(parameter), 0) + 1
     for method in methods:
-        for tensor in method.tensors:
-            count = holders.get(id(tensor.parameter), 0)
+        hard = {tensor.name: tensor for tensor in method.tensors}
+        for target in method.claims():
+            count = holders.get(id(hard.get(target.name, target).parameter), 0)
             if count != 1:
                 raise OrderError(
-                    f"{tensor.name}: is in {count} of the {len(found)} optimizers given, must be in one (wrapping a "
+                    f"{target.name}: is in {count} of the {len(found)} optimizers given, must be in one (wrapping a "
                     f"model may replace its parameters); {guard.ORDER}"
                 )
     return found

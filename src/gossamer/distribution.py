@@ -76,7 +76,7 @@ def budget(sparsity: float, shares: Sequence[Share], all_parameters: int, over: 
     Raises:
         ConfigurationError: An unknown `over`, or dense parameters that alone exceed the budget.
     """
-    total = sum(prod(share.shape) for share in shares)
+    total = sum(share.total * share.size for share in shares)
     if over == "targets":
         return active_weights(sparsity, total)
     if over != "all":
@@ -130,9 +130,11 @@ def allocate(distribution: Distribution, shares: Sequence[Share], active: int) -
     if any(cells):
         return [share.total * cell[0] // cell[1] for share, cell in zip(shares, cells, strict=True) if cell]
     if distribution == "uniform":
-        weights = [Fraction(prod(share.shape)) for share in shares]
+        weights = [Fraction(share.total * share.size) for share in shares]
     else:
-        weights = [_erdos_renyi(share.shape, kernel=distribution == "erk") * prod(share.shape) for share in shares]
+        weights = [
+            _erdos_renyi(share.shape, kernel=distribution == "erk") * share.total * share.size for share in shares
+        ]
     sizes = [share.size for share in shares]
     if active < sum(sizes):
         raise ConfigurationError(
@@ -236,7 +238,7 @@ def _explicit(distribution: Mapping[str, float], shares: Sequence[Share]) -> lis
             )
         used.add(pattern)
         check_number(f"distribution[{pattern!r}]", distribution[pattern], 0, 1, open_high=True)
-        groups = active_weights(distribution[pattern], prod(share.shape)) // share.size
+        groups = active_weights(distribution[pattern], share.total * share.size) // share.size
         if groups < 1:
             raise ConfigurationError(
                 f"distribution[{pattern!r}]={distribution[pattern]} leaves no active group in {share.name} "

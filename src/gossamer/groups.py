@@ -7,15 +7,18 @@ weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gossamer.errors import NonFiniteError
+from gossamer.errors import ConfigurationError, NonFiniteError
 from gossamer.masks import INTEGER, Change, MaskedTensor, count_over_shards, sum_over_ranks, sum_over_shards
+from gossamer.scores import Score, StateOf, View
+from gossamer.structure import Element, Structure
+from gossamer.targets import Target, local
 
 _DIGIT = 11  # bits a histogram resolves at once: 2,048 bins, three rounds for float32
 
@@ -23,67 +26,111 @@ _DIGIT = 11  # bits a histogram resolves at once: 2,048 bins, three rounds for f
 class Groups:
     """The groups of one weight.
 
+    Methods rank groups through this interface alone, so that a structure over several weights, where a weight may be in
+    several groups, is another class with it.
+
     Attributes:
-        tensor: The weight.
+        tensors: The weights that are divided; here one.
+        structure: How.
+        name: Name of the weight, for messages.
+        shape: Its global shape.
         size: Number of weights in a group.
         total: Number of groups of the global weight.
     """
 
-    def __init__(self, tensor: MaskedTensor) -> None:
-        self.tensor = tensor
-        self.size = tensor.structure.size(tensor.shape, tensor.input_dim)
+    def __init__(self, tensor: MaskedTensor, structure: Structure) -> None:
+        self.tensors = (tensor,)
+        self.structure = structure
+        self.name = tensor.name
+        self.shape = tensor.shape
+        self.size = structure.size(tensor.shape, tensor.input_dim)
         self.total = tensor.weights // self.size
-
-    @property
-    def name(self) -> str:
-        """The parameter's name."""
-        return self.tensor.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The weight's global shape."""
-        return self.tensor.shape
 
     @property
     def cell(self) -> tuple[int, int] | None:
         """(N, M) where N of every M consecutive groups live."""
-        return self.tensor.structure.cell
+        return self.structure.cell
 
     @property
     def active(self) -> int:
         """Number of active groups of the global weight."""
-        return self.tensor.active // self.size
+        return self.tensors[0].active // self.size
 
     @property
     def first(self) -> int:
         """The first group that this rank holds."""
-        return self.tensor.first_row * self.total // self.shape[0]
+        return self.tensors[0].first_row * self.total // self.shape[0]
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
         """The ranks that share the weight."""
-        return self.tensor.process_group
+        return self.tensors[0].process_group
 
     @property
     def device(self) -> torch.device:
         """Where masks and scores are."""
-        return self.tensor.mask.device
+        return self.tensors[0].mask.device
 
     def alive(self) -> Tensor:
         """A copy of the mask of this rank's groups, int8 −1 active and 0 pruned, shape (groups on this rank,)."""
-        return self.collapse(self.tensor.mask)
+        return self.collapse({tensor.name: tensor.mask for tensor in self.tensors})
 
-    def collapse(self, mask: Tensor) -> Tensor:
-        """Mask of this rank's weights → mask of its groups, always a copy."""
-        return self.tensor.structure.collapse(mask, self.tensor.input_dim)
+    def collapse(self, masks: Mapping[str, Tensor]) -> Tensor:
+        """Masks of this rank's weights, by name → mask of its groups, always a copy."""
+        tensor = self.tensors[0]
+        return self.structure.collapse(masks[tensor.name], tensor.input_dim)
 
-    def expand(self, alive: Tensor) -> Tensor:
-        """Mask of this rank's groups → mask of its weights."""
-        return self.tensor.structure.expand(alive, self.tensor.mask.shape, self.tensor.input_dim)
+    def expand(self, alive: Tensor) -> dict[str, Tensor]:
+        """Mask of this rank's groups → masks of its weights, by name."""
+        tensor = self.tensors[0]
+        return {tensor.name: self.structure.expand(alive, tensor.mask.shape, tensor.input_dim)}
 
-    def change(self, alive: Tensor, active: int) -> Change:
-        """The change to this mask of this rank's groups, which has so many active groups of the global weight."""
-        return Change(self.tensor, self.expand(alive), active * self.size)
+    def scores(self, score: Score, state: StateOf, p: float = 2.0, index: Tensor | None = None) -> Tensor:
+        """Scores of groups: the Lp-norm of the scores of their weights, their sum where the score is `signed`.
+
+        Args:
+            score: The score of single weights.
+            state: The optimizer's state of a weight.
+            p: The norm's order.
+            index: Groups wanted, int64 `(n,)`; `None` for all on this rank.
+
+        Returns:
+            New tensor `(n,)`.
+
+        Raises:
+            ConfigurationError: The score has another shape than its View.
+        """
+        tensor = self.tensors[0]
+        if isinstance(self.structure, Element):
+            return _checked(score(View(tensor, state(tensor), index)), tensor, index).reshape(-1)
+        whole = _checked(score(View(tensor, state(tensor))), tensor, None)
+        values = self.structure.reduce(whole, tensor.input_dim, None if getattr(score, "signed", False) else p)
+        return values if index is None else values[index]
+
+
+def divide(targets: Sequence[Target], structure: Structure) -> list[Groups]:
+    """Put weights under full masks, and divide them into groups.
+
+    Raises:
+        ConfigurationError: A weight that cannot be divided so.
+    """
+    found = []
+    for target in targets:
+        shape = target.parameter.shape
+        structure.validate(target.name, shape, target.input_dim)
+        tensor = MaskedTensor(target, str(structure), structure.row_multiple(shape, target.input_dim))
+        found.append(Groups(tensor, structure))
+    return found
+
+
+def changes(groups: Sequence[Groups], alive: Sequence[Tensor]) -> list[Change]:
+    """The changes to these masks of groups; a weight in several groups lives where all of them do."""
+    tensors = {tensor.name: tensor for each in groups for tensor in each.tensors}
+    masks: dict[str, Tensor] = {}
+    for each, mask in zip(groups, alive, strict=True):
+        for name, kept in each.expand(mask).items():
+            masks[name] = kept & masks[name] if name in masks else kept
+    return [Change(tensors[name], mask) for name, mask in masks.items()]
 
 
 def largest(groups: Sequence[Groups], scores: Sequence[Tensor], counts: Sequence[int] | int) -> list[Tensor]:
@@ -273,3 +320,16 @@ def _order_of_ties(groups: Sequence[Groups], ties: Sequence[int], together: bool
         earlier = np.cumsum([0, *total[:-1]])
         before = [int(first + own) for first, own in zip(earlier, before, strict=True)]
     return before
+
+
+def _checked(values: Tensor, tensor: MaskedTensor, index: Tensor | None) -> Tensor:
+    """Check a score's shape, and copy it where it shares memory with the weight or its gradient: rankings overwrite."""
+    expected = tensor.mask.shape if index is None else index.shape
+    if values.shape != expected:
+        raise ConfigurationError(
+            f"{tensor.name}: its score has shape {tuple(values.shape)}, expected {tuple(expected)}: one for each "
+            "weight of the View"
+        )
+    sources = [each for each in (tensor.parameter, tensor.parameter.grad) if each is not None]
+    shared = {local(each).untyped_storage().data_ptr() for each in sources}
+    return values.clone() if values.untyped_storage().data_ptr() in shared else values

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor, nn, optim
@@ -14,6 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from gossamer import optimizers
 from gossamer.errors import ConfigurationError, OrderError
 from gossamer.masks import MaskedTensor
+from gossamer.targets import Target
 
 ORDER = (
     "the order is: attach(model, methods) -> wrap (torch.compile, DDP, fully_shard) -> make the optimizer -> "
@@ -29,12 +30,13 @@ class FollowedDefaults(dict[str, Any]):
 
 
 class Keeper(Protocol):
-    """What keeps masks in force: the tensors it masks and the optimizers it follows."""
+    """What keeps masks in force: the weights it claims and the optimizers it follows."""
 
     optimizers: list[optim.Optimizer]
+    adopt: Callable[[optim.Optimizer], None] | None
 
-    def tensors(self) -> Sequence[MaskedTensor]:
-        """The masked tensors."""
+    def claims(self) -> Sequence[Target | MaskedTensor]:
+        """The weights claimed, whether their masks are hard already or not."""
         ...
 
 
@@ -47,27 +49,27 @@ _generation = 0  # moves on with every change of `_live`, so that an optimizer i
 
 
 def watch(keeper: Keeper) -> None:
-    """Begin to watch over a keeper's tensors, or take note that its optimizers changed."""
+    """Begin to watch over a keeper's weights, or take note that its optimizers changed."""
     global _generation
     _generation += 1
     _live.add(keeper)
-    for tensor in keeper.tensors():
-        _names[tensor.parameter] = tensor.name
+    for each in keeper.claims():
+        _names[each.parameter] = each.name
 
 
 def release(keeper: Keeper) -> None:
-    """Stop watching over a keeper's tensors."""
+    """Stop watching over a keeper's weights."""
     global _generation
     _generation += 1
     _live.discard(keeper)
-    for tensor in keeper.tensors():
-        _names.pop(tensor.parameter, None)
+    for each in keeper.claims():
+        _names.pop(each.parameter, None)
 
 
 def check_unclaimed(parameters: Iterable[nn.Parameter]) -> None:
     """Raise an OrderError where one of these parameters already has a mask that a handle keeps."""
     wanted = {id(parameter) for parameter in parameters}
-    for name in (t.name for keeper in _live for t in keeper.tensors() if id(t.parameter) in wanted):
+    for name in (t.name for keeper in _live for t in keeper.claims() if id(t.parameter) in wanted):
         raise OrderError(
             f"{name}: already has a mask from an earlier attach; call finalize() or detach() on that handle first"
         )
@@ -101,13 +103,17 @@ def _refuse_unfollowed(optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs
     if _passed.get(optimizer) == state:
         return
     following = [keeper for keeper in _live if any(optimizer is each for each in keeper.optimizers)]
-    kept = {id(tensor.parameter): tensor.name for keeper in following for tensor in keeper.tensors()}
-    masked = {id(tensor.parameter): tensor.name for keeper in _live for tensor in keeper.tensors()}
+    kept = {id(each.parameter): each.name for keeper in following for each in keeper.claims()}
+    masked = {id(each.parameter): each.name for keeper in _live for each in keeper.claims()}
     for parameter in held:
         name = masked.get(id(parameter))
         if name is None and (earlier := _names.get(parameter)) not in kept.values():
             name = earlier  # of a dropped handle; one that a living handle lost is named better by its hook
         if name is not None and id(parameter) not in kept:
+            mine = (keeper for keeper in _live if any(each.parameter is parameter for each in keeper.claims()))
+            if (keeper := next(mine, None)) is not None and keeper.adopt is not None and not keeper.optimizers:
+                keeper.adopt(optimizer)
+                return
             raise OrderError(f"{name}: has a mask, but no sparsity.follow(optimizer) was called; {ORDER}")
     if isinstance(optimizer.defaults, FollowedDefaults) and not following:
         raise OrderError(

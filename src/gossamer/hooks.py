@@ -10,6 +10,7 @@ leave out any of them, so what belongs together cannot be told from how often ea
 
 from __future__ import annotations
 
+import copy
 import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -21,9 +22,9 @@ from torch.utils.hooks import RemovableHandle
 
 from gossamer import guard, optimizers
 from gossamer.errors import OrderError
-from gossamer.masks import MaskedTensor, count_over_shards, enforce
+from gossamer.masks import MaskedTensor, enforce, sum_over_shards
 from gossamer.method import MaskUpdate, Method, Proposal
-from gossamer.targets import local
+from gossamer.targets import Target, local
 
 
 class StepHooks:
@@ -35,6 +36,7 @@ class StepHooks:
         frozen: Whether updates that are due are left out.
         second_moment: Where Adam's second moment starts for weights that begin anew.
         callbacks: Called after every update; not part of copies and pickles.
+        adopt: Follows an optimizer that steps unfollowed with claimed weights, where that was asked for.
     """
 
     def __init__(self, methods: Sequence[Method], second_moment: str) -> None:
@@ -42,10 +44,12 @@ class StepHooks:
         self.attached = True
         self.frozen = False
         self.callbacks: list[Callable[[MaskUpdate], object]] = []
+        self.adopt: Callable[[optim.Optimizer], None] | None = None
         self._methods = methods
         self.second_moment = second_moment
         self._handles: list[RemovableHandle] = []
         self._step = 0
+        self._told = 0  # the last step that methods were told of
         self._overflows: Tensor | None = None
         self._left_out: set[int] = set()  # optimizers whose next step is withheld, since an update asked for it
         self._withheld: dict[int, list[tuple[Tensor, Tensor]]] = {}
@@ -54,6 +58,11 @@ class StepHooks:
     def tensors(self) -> list[MaskedTensor]:
         """The masked tensors of all methods."""
         return [tensor for method in self._methods for tensor in method.tensors]
+
+    def claims(self) -> list[Target | MaskedTensor]:
+        """What belongs to the methods, by name and parameter, whether its masks are hard already or not."""
+        hard = {tensor.name: tensor for tensor in self.tensors()}
+        return [hard.get(target.name, target) for method in self._methods for target in method.claims()]
 
     def follow(self, found: list[optim.Optimizer]) -> None:
         """Hook into these optimizers instead of those followed before."""
@@ -85,7 +94,7 @@ class StepHooks:
 
     @step.setter
     def step(self, value: int) -> None:
-        self._step, self._overflows = value, None
+        self._step, self._told, self._overflows = value, value, None
         self._left_out.clear()
 
     def freeze(self, frozen: bool) -> None:
@@ -103,6 +112,9 @@ class StepHooks:
         return updates
 
     def _apply(self, method: Method, proposal: Proposal) -> MaskUpdate:
+        for each in self.optimizers:
+            for parameter in proposal.restarted:
+                each.state.pop(parameter, None)
         tensors = [change.tensor for change in proposal.changes]
         before = [tensor.active for tensor in tensors]
         counts = []
@@ -112,7 +124,10 @@ class StepHooks:
             if optimizer is not None and (state := optimizer.state.get(tensor.parameter)):
                 mixes = not optimizers.is_elementwise(optimizer)
                 optimizers.refresh(tensor, begun, group, state, mixes, self.second_moment)
-            counts.append(grown.count_nonzero())
+            counts.append(torch.stack([grown.count_nonzero(), tensor.mask.count_nonzero()]))
+        found = sum_over_shards(tensors, counts).tolist()
+        for tensor, (_, active) in zip(tensors, found, strict=True):
+            tensor.active = active
         rows = [
             {
                 "name": tensor.name,
@@ -121,7 +136,7 @@ class StepHooks:
                 "active": tensor.active,
                 "total": tensor.weights,
             }
-            for tensor, was, more in zip(tensors, before, count_over_shards(tensors, counts), strict=True)
+            for tensor, was, (more, _) in zip(tensors, before, found, strict=True)
         ]
         return MaskUpdate(self.step, method.name, rows, proposal.extras)
 
@@ -183,6 +198,7 @@ class StepHooks:
                 if parameter.grad is None:
                     parameter.grad = gradient
         if begins and index == 0:
+            self.tell()  # where a gradient scaler left out the last optimizer
             self._left_out = set(range(len(self.optimizers))) if self._begin_step(optimizer) else set()
         if index in self._left_out:
             held = [(p, p.grad) for p in optimizers.parameters(optimizer) if p.grad is not None]
@@ -209,7 +225,7 @@ class StepHooks:
         if overflow is not None and bool(overflow > 0):
             return False
         due = [method for method in self._methods if method.due(self._step)]
-        before = [method.state_dict() for method in due]
+        before = [copy.deepcopy(method.state_dict()) for method in due]
         try:
             proposals = [(method, method.update(self._step, self.state_of)) for method in due]
         except BaseException:
@@ -230,10 +246,18 @@ class StepHooks:
         for tensor in self._held(optimizer):
             with torch.no_grad():
                 enforce(local(tensor.parameter), tensor.mask)
-        if index == 0:
-            for method in self._methods:
-                if type(method).after_step is not Method.after_step:
-                    method.after_step(self.step)
+        if index == len(self.optimizers) - 1:
+            self.tell()
+
+    @torch.no_grad()
+    def tell(self) -> None:
+        """Tell methods of a completed step that they were not told of yet, and commit what they propose."""
+        listening = [method for method in self._methods if type(method).after_step is not Method.after_step]
+        if not listening or self.step == self._told:  # reading the step waits for the device
+            return
+        self._told = self.step
+        proposals = [(method, method.after_step(self._told)) for method in listening]
+        self.commit([(method, proposal) for method, proposal in proposals if proposal is not None])
 
     def _settle(self) -> None:
         if self._overflows is not None:

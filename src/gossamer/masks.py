@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from gossamer.errors import ConfigurationError
-from gossamer.structure import Structure
 from gossamer.targets import Target, local
 
 INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -36,7 +35,8 @@ class MaskedTensor:
 
     Attributes:
         target: The weight, found by its owner, so that a replaced Parameter is seen.
-        structure: Which of its weights live or die together.
+        structure: What its mask is made of, for tables.
+        row_multiple: A shard of the weight must begin and end at a multiple of so many rows.
         shape: The weight's global shape.
         weights: Number of weights of the global weight.
         mask: int8 mask (−1 active, 0 pruned) of the part of the weight that this rank holds.
@@ -45,18 +45,17 @@ class MaskedTensor:
         first_row: The first row of the global weight that this rank holds.
     """
 
-    def __init__(self, target: Target, structure: Structure) -> None:
+    def __init__(self, target: Target, structure: str = "element", row_multiple: int = 1) -> None:
         parameter = target.parameter
-        structure.validate(target.name, parameter.shape, target.input_dim)
         self.target = target
         self.structure = structure
+        self.row_multiple = row_multiple
         self.shape = tuple(parameter.shape)
         self.weights = parameter.numel()
-        self.mask = torch.full_like(parameter, -1, dtype=torch.int8, requires_grad=False)
+        self.mask = torch.full_like(local(parameter), -1, dtype=torch.int8)
         self.active = self.weights
-        self.process_group: dist.ProcessGroup | None = None
-        self.first_row = 0
-        self._sharded: nn.Parameter | None = None
+        self._sharded: nn.Parameter | None = parameter if isinstance(parameter, DTensor) else None
+        self.process_group, self.first_row = self.sharding()
 
     @property
     def name(self) -> str:
@@ -80,6 +79,8 @@ class MaskedTensor:
     def apply(self, change: Change) -> tuple[Tensor, Tensor]:
         """Put a new mask in force. Pruned weights become 0, newly active and renewed ones start at the change's values.
 
+        `active` is for the caller to count, of all tensors at once.
+
         Returns:
             int8 masks of this rank's weights, −1 where a weight is newly active, and where one is newly active or
             renewed.
@@ -91,7 +92,6 @@ class MaskedTensor:
         if change.values is not None:
             weight.copy_(torch.where(begun != 0, change.values, weight))
         self.mask.copy_(change.mask)
-        self.active = change.active
         return grown, begun
 
     def sharding(self) -> tuple[dist.ProcessGroup | None, int]:
@@ -123,7 +123,7 @@ class MaskedTensor:
         rows = torch.zeros(dist.get_world_size(group), dtype=torch.int64)
         rows[rank] = len(local(parameter))
         rows = sum_over_ranks(rows, group, local(parameter).device)
-        multiple = self.structure.row_multiple(self.input_dim)
+        multiple = self.row_multiple
         if (rows % multiple).any():
             raise ConfigurationError(
                 f"{self.name}: structure {self.structure} needs shards of a multiple of {multiple} rows, but the ranks "
@@ -159,19 +159,6 @@ class MaskedTensor:
         """A mask of this rank's weights as bits, sharded as the weight is; see the function `pack`."""
         return self.distribute(pack(mask))
 
-    def has_packed(self, value: object) -> bool:
-        """Whether this can be a packed mask of the whole weight."""
-        return isinstance(value, Tensor) and tuple(value.shape) == self.packed_shape and value.dtype == torch.uint8
-
-    @property
-    def packed_shape(self) -> tuple[int, int]:
-        """Shape of a packed mask of the whole weight."""
-        return self.shape[0], -(-(self.weights // self.shape[0]) // 8)
-
-    def unpack(self, packed: Tensor) -> Tensor:
-        """This rank's part of a packed mask of the whole weight, int8."""
-        return unpack(rows_like(packed, self.parameter).to(self.mask.device), self.mask.shape)
-
 
 @dataclass(eq=False)
 class Change:
@@ -180,14 +167,12 @@ class Change:
     Attributes:
         tensor: The tensor.
         mask: int8 mask (−1 active, 0 pruned) of this rank's part of the weight, in its shape.
-        active: Number of active weights of the global weight.
         renewed: int8 mask, −1 where a weight that stays active is to begin anew, as a newly active one does.
         values: What newly active and renewed weights start from, in the weight's shape; 0 where there are none.
     """
 
     tensor: MaskedTensor
     mask: Tensor
-    active: int
     renewed: Tensor | None = None
     values: Tensor | None = None
 
@@ -232,10 +217,33 @@ def pack(mask: Tensor) -> Tensor:
     return octets.sum(2).to(torch.uint8)
 
 
+def is_packed(value: object, shape: Sequence[int]) -> bool:
+    """Whether this can be a packed mask of a whole weight of this shape."""
+    return isinstance(value, Tensor) and tuple(value.shape) == packed_shape(shape) and value.dtype == torch.uint8
+
+
+def packed_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Shape of a packed mask of a weight of this shape."""
+    return shape[0], -(-prod(shape[1:]) // 8)
+
+
+def unpack_like(packed: Tensor, parameter: Tensor) -> Tensor:
+    """This rank's part of a packed mask of a whole weight: int8, where and as the weight is."""
+    part = local(parameter)
+    return unpack(rows_like(packed, parameter).to(part.device), part.shape)
+
+
 def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
     """Undo `pack`: uint8 `(rows, bytes)` → int8 mask of `shape`, −1 active and 0 pruned."""
     bits = (packed.unsqueeze(-1) >> torch.arange(8, device=packed.device, dtype=torch.uint8)) & 1
     return bits.flatten(1)[:, : prod(shape[1:])].to(torch.int8).neg_().reshape(*shape)
+
+
+def count_active(tensors: Sequence[MaskedTensor]) -> None:
+    """Count the active weights of tensors; one transfer for all."""
+    counts = count_over_shards(tensors, [tensor.mask.count_nonzero() for tensor in tensors])
+    for tensor, count in zip(tensors, counts, strict=True):
+        tensor.active = count
 
 
 def count_over_shards(parts: Sequence[Shared], counts: Sequence[Tensor]) -> list[int]:

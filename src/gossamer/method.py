@@ -15,12 +15,13 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from gossamer.masks import Change, MaskedTensor
+from gossamer.scores import StateOf
+from gossamer.targets import Target
+
+__all__ = ["Change", "MaskUpdate", "MaskedTensor", "Masks", "Method", "Proposal", "StateOf"]
 
 Masks = None | Literal["zeros"] | Mapping[str, Tensor]
 """Where masks come from at the start: the method, the zeros of the weights, or tensors by parameter name."""
-
-StateOf = Callable[[MaskedTensor], Mapping[str, Any]]
-"""Gives the optimizer's state of a tensor's parameter; empty before its first step."""
 
 
 @dataclass
@@ -31,11 +32,13 @@ class Proposal:
         changes: The new mask of each tensor that changes, at most one a tensor.
         extras: Numbers worth recording, such as a threshold.
         skip_step: Whether the step of all optimizers is left out after this update.
+        restarted: Parameters, masked or not, that begin anew as a whole: their optimizer state is dropped.
     """
 
     changes: list[Change]
     extras: dict[str, float] = field(default_factory=dict)
     skip_step: bool = False
+    restarted: Sequence[nn.Parameter] = ()
 
 
 @dataclass(frozen=True)
@@ -63,18 +66,23 @@ class Method(ABC):
         tensors: The weights whose hard masks the engine enforces after every step; may be empty, and may change when
             masks become hard in the course of training.
         masks_from_weights: Whether the first masks depend on the weights, which ranks could have made differently.
+        over_all: Whether its budget is a fraction of all parameters of the model, so that no other method fits beside.
     """
 
     name: ClassVar[str]
     tensors: Sequence[MaskedTensor] = ()
     masks_from_weights: bool = False
+    over_all: bool = False
 
     def bind(self, model: nn.Module, masks: Masks) -> None:
         """Choose and check everything this method will touch, raising ConfigurationError; change nothing."""
 
-    def claims(self) -> list[str]:
-        """Names of the parameters that belong to this method alone."""
-        return [tensor.name for tensor in self.tensors]
+    def claims(self) -> list[Target]:
+        """The weights that belong to this method alone: no other may choose them, and every optimizer must be known.
+
+        The same from `bind` to the end, whether their masks are hard already or not.
+        """
+        return [tensor.target for tensor in self.tensors]
 
     def install(self) -> None:
         """Change the model: first masks, hooks, parametrizations. Called once, after every method was bound."""
@@ -94,29 +102,42 @@ class Method(ABC):
         """Whether masks change with this optimizer step (the first is 1)."""
         return False
 
-    def phases(self) -> dict[str, Callable[[int, StateOf], Proposal]]:
-        """What can be run by hand besides `update`, by name."""
+    def phases(self) -> dict[str, Callable[..., Proposal]]:
+        """What can be run by hand besides `update`, by name: called as it, and with the arguments that are given."""
         return {}
 
     def update(self, step: int, state: StateOf) -> Proposal:
-        """Propose new masks; gradients of the step are present. Runs before the optimizer's step."""
+        """Propose new masks; gradients of the step are present. Runs before the optimizer's step.
+
+        It changes nothing but the method itself: where another method fails, its state is put back and masks stay.
+        """
         return Proposal([])
 
-    def after_step(self, step: int) -> None:
-        """Advance what changes with every step, such as a temperature; `step` counts those completed."""
+    def after_step(self, step: int) -> Proposal | None:
+        """Advance what changes with every step, such as a temperature; may propose masks (a ticket, a rewind).
+
+        Called once for each completed step, after all optimizers; `step` counts those completed.
+        """
+        return None
 
     def detach(self) -> None:
         """Take hooks off the model and leave it as it is."""
 
     def finalize(self) -> None:
-        """Remove from the model whatever `install` put there, keeping the zeros; `detach` is called as well."""
+        """Remove from the model whatever `install` put there, keeping the zeros.
+
+        Instead of `detach`; zeros are enforced afterwards, by the masks of `tensors` as it leaves them.
+        """
 
     def learned(self) -> list[dict[str, Any]]:
-        """What was learned beside masks, such as thresholds: for `Sparsity.summary`, a row of plain values each."""
+        """What was learned beside masks, such as thresholds: for `Sparsity.summary`, a row of plain values each.
+
+        Asked after `finalize` as well.
+        """
         return []
 
     def config(self) -> dict[str, Any]:
-        """What a saved state must agree on with this method, as JSON values."""
+        """What a saved state must agree on with this method beside its name, as JSON values."""
         return {}
 
     def settings(self) -> dict[str, Any]:
@@ -127,13 +148,13 @@ class Method(ABC):
         """State beyond masks: thresholds, counters, random state; tensors and JSON values."""
         return {}
 
-    def check_state(self, state: Mapping[str, Any], active: int) -> None:
+    def check_state(self, state: Mapping[str, Any], masks: Mapping[str, Tensor]) -> None:
         """Raise StateError where `load_state_dict` could not take this state; change nothing.
 
         Args:
             state: What `state_dict` gave.
-            active: Number of active weights of this method's tensors in the saved masks.
+            masks: This rank's part of the saved masks, by the names of this method's claims; those that were hard.
         """
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
+        """Restore what `state_dict` gave; afterwards `tensors` are those that were hard when it was saved."""

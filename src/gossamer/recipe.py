@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import re
 from collections.abc import Iterable, Sequence
@@ -104,11 +103,10 @@ class MethodRecipe(Named):
     def _check(self) -> MethodRecipe:
         if self.type not in METHODS:
             refuse("type", f"no method {self.type!r}{closest(self.type, METHODS)}; allowed are {', '.join(METHODS)}")
-        fields = {field.name: field for field in dataclasses.fields(METHODS[self.type]) if field.init}  # type: ignore[arg-type]
-        refuse_unknown(self.arguments, fields)
-        for name, field in fields.items():
-            required = field.default is field.default_factory is dataclasses.MISSING
-            if required and name not in self.arguments:
+        parameters = inspect.signature(METHODS[self.type]).parameters
+        refuse_unknown(self.arguments, parameters)
+        for name, parameter in parameters.items():
+            if parameter.default is inspect.Parameter.empty and name not in self.arguments:
                 refuse(None, f"{self.type} needs {name!r}; add it")
         try:
             self.build(_MANY, _MANY // 1000, 0)
@@ -124,7 +122,9 @@ class MethodRecipe(Named):
         Raises:
             ConfigurationError: An argument out of range, as the method says it.
         """
-        arguments = {"seed": seed} | self.arguments
+        arguments = dict(self.arguments)
+        if "seed" in inspect.signature(METHODS[self.type]).parameters:
+            arguments.setdefault("seed", seed)
         for name in STEPS:
             if name in arguments:
                 arguments[name] = _resolve(name, arguments[name], steps, steps_per_epoch)

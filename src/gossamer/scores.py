@@ -13,12 +13,13 @@ from typing import Any
 from torch import Tensor
 
 from gossamer.errors import ConfigurationError
-from gossamer.groups import Groups
 from gossamer.masks import MaskedTensor
-from gossamer.structure import Element
 from gossamer.targets import closest, local
 
 Score = Callable[["View"], Tensor]
+
+StateOf = Callable[[MaskedTensor], Mapping[str, Any]]
+"""Gives the optimizer's state of a tensor's parameter; empty before its first step."""
 
 
 class View:
@@ -37,7 +38,7 @@ class View:
     @property
     def weight(self) -> Tensor:
         """The weights."""
-        return self._take(self._tensor.parameter)
+        return self.take(self._tensor.parameter)
 
     @property
     def gradient(self) -> Tensor:
@@ -52,7 +53,7 @@ class View:
                 f"{self.name}: has no gradient, which its score needs: it took no part in the last backward, or there "
                 "was none; leave it out of targets, or score by 'magnitude'"
             )
-        return self._take(gradient)
+        return self.take(gradient)
 
     @property
     def momentum(self) -> Tensor:
@@ -63,13 +64,14 @@ class View:
         """
         for key in ("exp_avg", "momentum_buffer"):
             if self._state.get(key) is not None:
-                return self._take(self._state[key])
+                return self.take(self._state[key])
         raise ConfigurationError(
             f"{self.name}: score 'momentum' needs an optimizer that keeps a running mean of gradients (SGD with "
             f"momentum, Adam and its kin) and has made a step; the state here has {sorted(self._state) or 'nothing'}"
         )
 
-    def _take(self, tensor: Tensor) -> Tensor:
+    def take(self, tensor: Tensor) -> Tensor:
+        """Of a tensor with a value for each weight, those that belong to the weights of this view."""
         part = local(tensor)
         return part if self._index is None else part.reshape(-1)[self._index]
 
@@ -123,39 +125,3 @@ def as_score(score: str | Score) -> Score:
             + closest(str(score), SCORES)
         )
     return SCORES[score]
-
-
-def group_scores(
-    groups: Groups, score: Score, state: Mapping[str, Any], p: float = 2.0, index: Tensor | None = None
-) -> Tensor:
-    """Scores of groups: the Lp-norm of the scores of their weights, their sum where the score is `signed`.
-
-    Args:
-        groups: The groups of a weight.
-        score: The score of single weights.
-        state: The optimizer's state of this parameter (may be empty).
-        p: The norm's order.
-        index: Groups wanted, int64 `(n,)`; `None` for all on this rank.
-
-    Returns:
-        New tensor `(n,)`.
-    """
-    tensor = groups.tensor
-    if isinstance(tensor.structure, Element):
-        return _own(score(View(tensor, state, index)), tensor, index).reshape(-1)
-    whole = _own(score(View(tensor, state)), tensor, None)
-    values = tensor.structure.reduce(whole, tensor.input_dim, None if getattr(score, "signed", False) else p)
-    return values if index is None else values[index]
-
-
-def _own(values: Tensor, tensor: MaskedTensor, index: Tensor | None) -> Tensor:
-    """Check a score's shape, and copy it where it shares memory with the weight or its gradient: rankings overwrite."""
-    expected = tensor.mask.shape if index is None else index.shape
-    if values.shape != expected:
-        raise ConfigurationError(
-            f"{tensor.name}: its score has shape {tuple(values.shape)}, expected {tuple(expected)}: one for each "
-            "weight of the View"
-        )
-    sources = [each for each in (tensor.parameter, tensor.parameter.grad) if each is not None]
-    shared = {local(each).untyped_storage().data_ptr() for each in sources}
-    return values.clone() if values.untyped_storage().data_ptr() in shared else values

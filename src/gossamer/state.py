@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from gossamer.errors import StateError
-from gossamer.masks import count_over_shards, enforce
+from gossamer.masks import count_active, enforce, is_packed, packed_shape, unpack_like
 from gossamer.method import Method
 from gossamer.targets import local, plain_name
 
@@ -37,7 +37,12 @@ def save(methods: Sequence[Method], step: int, frozen: bool, second_moment: str)
         "shapes": {tensor.name: list(tensor.shape) for tensor in tensors},
         "second_moment": second_moment,
         "methods": [
-            {"config": method.config(), "settings": method.settings(), "state": method.state_dict()}
+            {
+                "name": method.name,
+                "config": method.config(),
+                "settings": method.settings(),
+                "state": method.state_dict(),
+            }
             for method in methods
         ],
     }
@@ -61,8 +66,8 @@ def check(methods: Sequence[Method], state: Mapping[str, Any]) -> None:
             raise StateError(
                 f"sparsity state: 'methods' has {_brief(each)}, expected {', '.join(_PARTS)}; the file is damaged"
             )
-    saved = [each["config"].get("method") for each in state["methods"]]
-    here = [method.config().get("method") for method in methods]
+    saved = [each.get("name") for each in state["methods"]]
+    here = [method.name for method in methods]
     if saved != here:
         raise StateError(f"sparsity state: saved with methods {saved}, attached are {here}; attach the same methods")
     for method, each in zip(methods, state["methods"], strict=True):
@@ -74,7 +79,7 @@ def check(methods: Sequence[Method], state: Mapping[str, Any]) -> None:
                     "attach with the arguments it was saved with"
                 )
         method.check_state(each["state"], _check_masks(method, state))
-    claimed = {_strip(name) for method in methods for name in method.claims()}
+    claimed = {_strip(target.name) for method in methods for target in method.claims()}
     if unknown := sorted(set(_by_name(state["masks"])) - claimed):
         raise StateError(f"sparsity state: has a mask of {unknown[0]}, which no attached method masks; attach the same")
 
@@ -99,29 +104,31 @@ def restore(methods: Sequence[Method], state: Mapping[str, Any]) -> None:
         method.load_state_dict(each["state"])
     tensors = [tensor for method in methods for tensor in method.tensors]
     for tensor in tensors:
-        tensor.mask.copy_(tensor.unpack(masks[_strip(tensor.name)]))
+        tensor.mask.copy_(unpack_like(masks[_strip(tensor.name)], tensor.parameter))
         enforce(local(tensor.parameter), tensor.mask)
-    counts = count_over_shards(tensors, [tensor.mask.count_nonzero() for tensor in tensors])
-    for tensor, count in zip(tensors, counts, strict=True):
-        tensor.active = count
+    count_active(tensors)
 
 
-def _check_masks(method: Method, state: Mapping[str, Any]) -> int:
-    """Check the form of a method's masks; returns the number of active weights in them."""
+def _check_masks(method: Method, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Check the form of a method's saved masks; returns this rank's part of each."""
     masks, shapes = _by_name(state["masks"]), _by_name(state["shapes"])
-    for tensor in method.tensors:
-        mask = masks.get(_strip(tensor.name))
-        if not isinstance(mask, Tensor):
-            raise StateError(f"sparsity state: no mask of {tensor.name}; there are {_brief(sorted(masks))}")
-        listed = shapes.get(_strip(tensor.name))
+    hard = {tensor.name: tensor for tensor in method.tensors}
+    found = {}
+    for target in method.claims():
+        mask, listed = masks.get(_strip(target.name)), shapes.get(_strip(target.name))
+        if mask is None:
+            continue
+        parameter = hard.get(target.name, target).parameter
+        here = tuple(parameter.shape)
         shape = tuple(listed) if isinstance(listed, Sequence) else listed
-        if shape != tensor.shape or not tensor.has_packed(mask):
+        if shape != here or not is_packed(mask, here):
+            form = f"{tuple(mask.shape)}, {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
             raise StateError(
-                f"sparsity state: the mask of {tensor.name} is for shape {shape} (packed {tuple(mask.shape)}, "
-                f"{mask.dtype}), the weight has {tensor.shape} (packed {tensor.packed_shape}, torch.uint8)"
+                f"sparsity state: the mask of {target.name} is for shape {shape} (packed {form}), the weight has "
+                f"{here} (packed {packed_shape(here)}, torch.uint8)"
             )
-    counts = [tensor.unpack(masks[_strip(tensor.name)]).count_nonzero() for tensor in method.tensors]
-    return sum(count_over_shards(method.tensors, counts))
+        found[target.name] = unpack_like(mask, parameter)
+    return found
 
 
 def _by_name(values: Mapping[str, Any]) -> dict[str, Any]:

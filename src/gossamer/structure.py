@@ -36,7 +36,7 @@ class Structure(ABC):
         """Number of weights in each group of a weight of this shape."""
         return 1
 
-    def row_multiple(self, input_dim: int) -> int:
+    def row_multiple(self, shape: Sequence[int], input_dim: int) -> int:
         """A shard of the weight must begin and end at a multiple of so many rows."""
         return 1
 
@@ -88,7 +88,7 @@ class NM(Structure):
             raise ConfigurationError(f"structure {self}: expected N:M with 0 < N < M, such as '2:4'")
         object.__setattr__(self, "cell", (self.n, self.m))
 
-    def row_multiple(self, input_dim: int) -> int:
+    def row_multiple(self, shape: Sequence[int], input_dim: int) -> int:
         """See `Structure.row_multiple`."""
         return self.m if input_dim == 0 else 1
 
@@ -139,7 +139,7 @@ class Block(Structure):
         """See `Structure.size`."""
         return self.rows * self.columns
 
-    def row_multiple(self, input_dim: int) -> int:
+    def row_multiple(self, shape: Sequence[int], input_dim: int) -> int:
         """See `Structure.row_multiple`."""
         return self.columns if input_dim == 0 else self.rows
 

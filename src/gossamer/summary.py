@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 from rich.console import Console
@@ -20,9 +21,10 @@ class Summary:
     """Counts of active weights.
 
     Attributes:
-        rows: For each masked tensor `name`, `shape`, `method`, `structure`, `total`, `active`, `sparsity`; a list
-            that `pandas.DataFrame` takes as it is.
-        totals: `targets_total`, `targets_active`, `targets_sparsity` over the masked tensors; `all_total`,
+        rows: For each weight that a method claims `name`, `shape`, `method`, `structure`, `total`, `active`,
+            `sparsity`; a list that `pandas.DataFrame` takes as it is. Where a mask is still being learned, the
+            structure is `"soft"` and every weight counts as active.
+        totals: `targets_total`, `targets_active`, `targets_sparsity` over these rows; `all_total`,
             `all_nonzero`, `all_sparsity` over all parameters, where every unmasked one counts as nonzero.
         learned: What methods learned beside masks, such as thresholds: plain values, a row each, with its `method`.
     """
@@ -72,24 +74,18 @@ class Summary:
         return text.getvalue().rstrip()
 
 
-def summarize(model: nn.Module, methods: Sequence[Method]) -> Summary:
-    """Count the active weights of the tensors of `methods` within `model`."""
-    rows = [
-        {
-            "name": tensor.name,
-            "shape": list(tensor.shape),
-            "method": method.name,
-            "structure": str(tensor.structure),
-            "total": tensor.weights,
-            "active": tensor.active,
-            "sparsity": 1 - tensor.active / tensor.weights,
-        }
-        for method in methods
-        for tensor in method.tensors
-    ]
-    tensors = [tensor for method in methods for tensor in method.tensors]
-    total, active = sum(tensor.weights for tensor in tensors), sum(tensor.active for tensor in tensors)
-    whole = parameter_count(model)
+def summarize(model: nn.Module, methods: Sequence[Method], learned: Collection[int] = ()) -> Summary:
+    """Count the active weights of what `methods` claim within `model`.
+
+    Args:
+        model: The model.
+        methods: Its methods.
+        learned: Ids of the parameters that methods added, which are not the model's own.
+    """
+    rows = [row for method in methods for row in _rows(method)]
+    total, active = sum(row["total"] for row in rows), sum(row["active"] for row in rows)
+    added = {id(parameter): parameter.numel() for parameter in model.parameters() if id(parameter) in learned}
+    whole = parameter_count(model) - sum(added.values())
     nonzero = whole - total + active
     return Summary(
         rows,
@@ -103,3 +99,21 @@ def summarize(model: nn.Module, methods: Sequence[Method]) -> Summary:
         },
         [{"method": method.name} | row for method in methods for row in method.learned()],
     )
+
+
+def _rows(method: Method) -> Iterator[dict[str, Any]]:
+    hard = {tensor.name: tensor for tensor in method.tensors}
+    for target in method.claims():
+        tensor = hard.get(target.name)
+        shape = target.parameter.shape if tensor is None else tensor.shape
+        total = prod(shape)
+        active = total if tensor is None else tensor.active
+        yield {
+            "name": target.name,
+            "shape": list(shape),
+            "method": method.name,
+            "structure": "soft" if tensor is None else tensor.structure,
+            "total": total,
+            "active": active,
+            "sparsity": 1 - active / total,
+        }

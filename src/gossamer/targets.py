@@ -43,23 +43,23 @@ class Target:
 
     Attributes:
         name: Parameter name in the model, without the parts that wrappers add.
-        owner: The module that holds it; asking the owner always finds the present Parameter, also after a
-            wrapper or `load_state_dict(assign=True)` has replaced it.
-        attribute: The parameter's name in `owner`.
+        places: The modules that hold it, each with the parameter's name there; several where it is tied. Asking a
+            module always finds the present Parameter, also after a wrapper or `load_state_dict(assign=True)` has
+            replaced it.
         input_dim: The dimension that runs over inputs (0 for transposed convolutions, else 1).
     """
 
     name: str
-    owner: nn.Module
-    attribute: str
+    places: tuple[tuple[nn.Module, str], ...]
     input_dim: int
 
     @property
     def parameter(self) -> nn.Parameter:
         """The parameter as it is in the model now."""
-        found = self.owner._parameters.get(self.attribute)
+        owner, attribute = self.places[0]
+        found = owner._parameters.get(attribute)
         if found is None:  # a method that learns masks has put a parametrization around it
-            found = getattr(self.owner.parametrizations, self.attribute).original
+            found = getattr(owner.parametrizations, attribute).original
         assert isinstance(found, nn.Parameter)
         return found
 
@@ -73,20 +73,24 @@ def plain_name(name: str) -> str:
 def named_weights(model: nn.Module) -> Iterator[tuple[Target, list[nn.Module]]]:
     """Yield every parameter once, under its first name, with all modules that hold it (several where it is tied)."""
     owners: dict[int, list[nn.Module]] = {}
-    first: dict[int, tuple[str, nn.Module, str]] = {}
+    names: dict[int, str] = {}
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     for prefix, module in modules.items():
         for attribute, parameter in module._parameters.items():
-            if parameter is not None:
-                name = plain_name(f"{prefix}.{attribute}" if prefix else attribute)
-                first.setdefault(id(parameter), (name, module, attribute))
-                holders = owners.setdefault(id(parameter), [])
-                holders.append(module)
-                if isinstance(module, parametrize.ParametrizationList):
-                    holders.append(modules[prefix.rpartition(".parametrizations.")[0] or ""])
-    for key, (name, module, attribute) in first.items():
+            if parameter is None:
+                continue
+            names.setdefault(id(parameter), plain_name(f"{prefix}.{attribute}" if prefix else attribute))
+            held = places.setdefault(id(parameter), [])
+            if not any(each is module and name == attribute for each, name in held):
+                held.append((module, attribute))
+            holders = owners.setdefault(id(parameter), [])
+            holders.append(module)
+            if isinstance(module, parametrize.ParametrizationList):
+                holders.append(modules[prefix.rpartition(".parametrizations.")[0] or ""])
+    for key, name in names.items():
         transposed = any(isinstance(owner, nn.modules.conv._ConvTransposeNd) for owner in owners[key])
-        yield Target(name, module, attribute, 0 if transposed else 1), owners[key]
+        yield Target(name, tuple(places[key]), 0 if transposed else 1), owners[key]
 
 
 def select(model: nn.Module, selection: Selection) -> list[Target]:
@@ -135,9 +139,10 @@ def closest(name: str, allowed: Iterable[str]) -> str:
 
 def _is_weight(target: Target) -> bool:
     if isinstance(target.parameter, nn.UninitializedParameter):
-        return target.attribute != "bias"  # `_check` refuses it: left out silently, it would stay dense
+        return target.places[0][1] != "bias"  # `_check` refuses it: left out silently, it would stay dense
     # Attention adds its biases to keys and values as further tokens, (1, 1, features).
-    is_bias = isinstance(target.owner, nn.MultiheadAttention) and target.attribute in ("bias_k", "bias_v")
+    owner, attribute = target.places[0]
+    is_bias = isinstance(owner, nn.MultiheadAttention) and attribute in ("bias_k", "bias_v")
     return target.parameter.dim() >= 2 and not is_bias
 
 
@@ -182,12 +187,12 @@ def _choose(found: list[tuple[Target, list[nn.Module]]], eligible: set[str], sel
             if not hits:
                 raise ConfigurationError(
                     f"targets: the model has no {part.__name__} with a weight of two or more dimensions; "
-                    f"it has {_some(sorted({type(t.owner).__name__ for t, _ in found}))}"
+                    f"it has {_some(sorted({type(t.places[0][0]).__name__ for t, _ in found}))}"
                 )
             chosen |= hits
             only_exclusions = False
         elif callable(part):
-            hits = {t.name for t, _ in found if part(t.name, t.owner, t.parameter)}  # type: ignore[call-arg] # not a type
+            hits = {t.name for t, _ in found if part(t.name, t.places[0][0], t.parameter)}  # type: ignore[call-arg] # not a type
             if not hits:
                 raise ConfigurationError(f"targets: the predicate {part!r} holds for no parameter of the model")
             chosen |= hits
@@ -219,14 +224,15 @@ def _check(target: Target) -> None:
             f"{target.name}: is on the meta device and has no values; give the model memory "
             "(`model.to_empty(device=...)`) and initialise it first"
         )
-    base = target.attribute.removesuffix("_orig")
-    weight_norm = base[-2:] in ("_g", "_v") and {f"{base[:-2]}_g", f"{base[:-2]}_v"} <= target.owner._parameters.keys()
-    parametrized = isinstance(target.owner, parametrize.ParametrizationList)
-    if parametrized or weight_norm or hasattr(target.owner, f"{base}_mask"):
-        raise ConfigurationError(
-            f"{target.name}: this weight is computed from others by a parametrization or by torch.nn.utils.prune; "
-            "remove that first (`parametrize.remove_parametrizations`, `gossamer.import_torch_masks`)"
-        )
+    for owner, attribute in target.places:
+        base = attribute.removesuffix("_orig")
+        weight_norm = base[-2:] in ("_g", "_v") and {f"{base[:-2]}_g", f"{base[:-2]}_v"} <= owner._parameters.keys()
+        parametrized = isinstance(owner, parametrize.ParametrizationList)
+        if parametrized or weight_norm or hasattr(owner, f"{base}_mask"):
+            raise ConfigurationError(
+                f"{target.name}: this weight is computed from others by a parametrization or by torch.nn.utils.prune; "
+                "remove that first (`parametrize.remove_parametrizations`, `gossamer.import_torch_masks`)"
+            )
 
 
 def _some(names: Sequence[str], most: int = 6) -> str:

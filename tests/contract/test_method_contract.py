@@ -14,7 +14,6 @@ import gossamer as gs
 from gossamer import targets
 from gossamer.masks import Change, MaskedTensor
 from gossamer.method import Proposal, StateOf
-from gossamer.structure import Element
 
 
 class Gate(nn.Module):
@@ -39,16 +38,18 @@ class Toy(gs.Method):
     def bind(self, model: nn.Module, masks: Any) -> None:
         self.targets = targets.select(model, None)
 
-    def claims(self) -> list[str]:
-        return [target.name for target in self.targets]
+    def claims(self) -> list[targets.Target]:
+        return self.targets
 
     def install(self) -> None:
         for target in self.targets:
             gate = Gate(target.parameter.shape)
-            parametrize.register_parametrization(target.owner, target.attribute, gate)
+            for owner, attribute in target.places:
+                parametrize.register_parametrization(owner, attribute, gate)
 
     def gates(self) -> list[Gate]:
-        return [target.owner.parametrizations[target.attribute][0] for target in self.targets]
+        places = [target.places[0] for target in self.targets]
+        return [owner.parametrizations[attribute][0] for owner, attribute in places]
 
     def param_groups(self) -> list[dict[str, Any]]:
         group: dict[str, Any] = {"params": [gate.scores for gate in self.gates()], "weight_decay": 0.0}
@@ -61,12 +62,12 @@ class Toy(gs.Method):
         return step == self.hard_at
 
     def harden(self) -> None:
-        self.tensors = [MaskedTensor(target, Element()) for target in self.targets]
+        self.tensors = [MaskedTensor(target) for target in self.targets]
 
     def update(self, step: int, state: StateOf) -> Proposal:
         self.harden()
         masks = [(gate.scores > 0).to(torch.int8).neg_() for gate in self.gates()]
-        return Proposal([Change(t, m, int(m.count_nonzero())) for t, m in zip(self.tensors, masks, strict=True)])
+        return Proposal([Change(t, m) for t, m in zip(self.tensors, masks, strict=True)])
 
     def after_step(self, step: int) -> None:
         self.steps.append(step)
@@ -74,6 +75,8 @@ class Toy(gs.Method):
             gate.temperature.fill_(1.5**step)
 
     def learned(self) -> list[dict[str, Any]]:
+        if not parametrize.is_parametrized(self.targets[0].places[0][0]):
+            return []
         rows = zip(self.targets, self.gates(), strict=True)
         return [{"name": target.name, "gate": gate.scores.mean().item()} for target, gate in rows]
 
@@ -81,12 +84,14 @@ class Toy(gs.Method):
         return {"hard": bool(self.tensors)}
 
     def load_state_dict(self, state: Any) -> None:
-        if state["hard"] and not self.tensors:
+        self.tensors = []
+        if state["hard"]:
             self.harden()
 
     def finalize(self) -> None:
         for target in self.targets:
-            parametrize.remove_parametrizations(target.owner, target.attribute)
+            for owner, attribute in target.places:
+                parametrize.remove_parametrizations(owner, attribute)
 
 
 def net() -> nn.Sequential:
@@ -176,7 +181,7 @@ def test_steps_are_told_once_each_also_where_a_fused_optimizer_skips_them():
         optimizer.grad_scale = torch.tensor(1.0)
         optimizer.step()
         optimizer.zero_grad()
-    assert sparsity.methods[0].steps == [1, 1, 2]
+    assert sparsity.methods[0].steps == [1, 2]
 
 
 def test_nan_at_one_pruned_weight_is_an_error_for_n_of_m_too():
@@ -294,7 +299,7 @@ class Renewal(gs.Static):
         mask, renewed = tensor.mask[[1, 0, 2]], torch.zeros_like(tensor.mask)
         renewed[2] = -1
         values = torch.full(tensor.shape, 0.25)
-        return Proposal([Change(tensor, mask, tensor.active, renewed, values)])
+        return Proposal([Change(tensor, mask, renewed, values)])
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -324,3 +329,229 @@ def test_what_was_learned_is_in_the_summary():
     assert [(row["method"], row["name"]) for row in summary.learned] == [("toy", "0.weight"), ("toy", "2.weight")]
     assert "gate" in str(summary)
     assert summary.as_dict()["learned"] == summary.learned
+
+
+# -- weights that are claimed before their masks are hard ------------------------------------------------------------
+
+
+def test_an_optimizer_without_the_weights_of_a_learning_method_is_refused():
+    model = net()
+    sparsity = gs.attach(model, Toy())
+    biases = [parameter for name, parameter in model.named_parameters() if name.endswith("bias")]
+    with pytest.raises(gs.OrderError, match=r"0\.weight: is in 0 of the 1 optimizers"):
+        sparsity.follow(optim.SGD(biases, lr=0.1))
+
+
+def test_a_frozen_weight_of_a_learning_method_is_refused():
+    model = net()
+    model[0].weight.requires_grad_(False)
+    with pytest.raises(gs.ConfigurationError, match=r"0\.weight: is frozen"):
+        gs.attach(model, Toy())
+    assert not parametrize.is_parametrized(model[0])
+
+
+def test_an_unfollowed_optimizer_of_a_learning_method_is_noticed():
+    model = net()
+    sparsity = gs.attach(model, Toy())
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(gs.OrderError, match=r"0\.weight: has a mask, but no sparsity\.follow"):
+        train(model, optimizer, sparsity, 1)
+
+
+def test_the_summary_counts_soft_weights_as_active_and_learned_parameters_not_at_all():
+    plain = sum(parameter.numel() for parameter in net().parameters())
+    model = net()
+    sparsity = gs.attach(model, Toy(hard_at=1), optimizer := optim.SGD(model.parameters(), lr=0.1))
+    before = sparsity.summary()
+    assert [(row["structure"], row["active"]) for row in before.rows] == [("soft", 48), ("soft", 32)]
+    assert (before.totals["all_total"], before.totals["all_nonzero"], sparsity.density()) == (plain, plain, 1.0)
+    train(model, optimizer, sparsity, 1)
+    after = sparsity.summary()
+    assert [row["structure"] for row in after.rows] == ["element", "element"]
+    active = sum(int(mask.sum()) for mask in sparsity.masks().values())
+    assert after.totals["all_nonzero"] == plain - 80 + active
+    sparsity.finalize()
+    assert sparsity.summary().totals == after.totals
+
+
+def test_a_tied_weight_is_gated_wherever_it_is_used():
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    model[2].weight = model[0].weight
+    sparsity = gs.attach(model, Toy())
+    (target,) = sparsity.methods[0].targets
+    assert [owner for owner, _ in target.places] == [model[0], model[2]]
+    assert all(parametrize.is_parametrized(layer, "weight") for layer in (model[0], model[2]))
+
+
+def test_a_saved_state_decides_whether_masks_are_hard():
+    def make() -> tuple[nn.Sequential, optim.Optimizer, gs.Sparsity]:
+        model = net()
+        optimizer = optim.SGD(model.parameters(), lr=0.1)
+        return model, optimizer, gs.attach(model, Toy(hard_at=2), optimizer)
+
+    model, optimizer, sparsity = make()
+    train(model, optimizer, sparsity, 1)
+    soft = copy.deepcopy(sparsity.state_dict())
+    train(model, optimizer, sparsity, 2)
+    hard = copy.deepcopy(sparsity.state_dict())
+    assert (len(soft["masks"]), len(hard["masks"])) == (0, 2)
+    sparsity.load_state_dict(soft)
+    assert not sparsity.masks()
+    sparsity.load_state_dict(hard)
+    assert len(sparsity.masks()) == 2
+
+    damaged = copy.deepcopy(hard)
+    damaged["masks"]["0.weight"] = damaged["masks"]["0.weight"][:3]
+    other = make()[2]
+    with pytest.raises(gs.StateError, match=r"the mask of 0\.weight is for shape"):
+        other.load_state_dict(damaged)
+    assert not other.masks()
+    assert other.step == 0
+
+
+# -- completed steps -------------------------------------------------------------------------------------------------
+
+
+class Snapshots(gs.Static):
+    """Notes the weights after every completed step."""
+
+    def install(self) -> None:
+        super().install()
+        self.notes: list[tuple[int, Tensor]] = []
+
+    def after_step(self, step: int) -> None:
+        self.notes.append((step, torch.cat([p.detach().flatten() for p in self.model.parameters()])))
+
+    def bind(self, model: nn.Module, masks: Any) -> None:
+        super().bind(model, masks)
+        self.model = model
+
+
+def flat(model: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def test_a_step_is_complete_when_the_last_optimizer_has_stepped():
+    model = nn.Sequential(nn.Linear(6, 4))
+    optimizers = [optim.SGD([model[0].weight], lr=0.1), optim.SGD([model[0].bias], lr=0.1)]
+    sparsity = gs.attach(model, Snapshots(0.5), optimizers)
+    for step in range(1, 4):
+        model(torch.ones(2, 6)).sum().backward()
+        optimizers[0].step()
+        assert len(sparsity.methods[0].notes) == step - 1
+        optimizers[1].step()
+        assert sparsity.methods[0].notes[-1][0] == step
+        assert sparsity.methods[0].notes[-1][1].equal(flat(model))
+
+
+def test_a_step_whose_last_optimizer_was_left_out_is_told_before_the_next_and_before_saving():
+    model = nn.Sequential(nn.Linear(6, 4))
+    optimizers = [optim.SGD([model[0].weight], lr=0.1), optim.SGD([model[0].bias], lr=0.1)]
+    sparsity = gs.attach(model, Snapshots(0.5), optimizers)
+    for skipped in (True, False, True):
+        model(torch.ones(2, 6)).sum().backward()
+        optimizers[0].step()
+        if not skipped:
+            optimizers[1].step()
+    assert [step for step, _ in sparsity.methods[0].notes] == [1, 2]
+    sparsity.state_dict()
+    assert [step for step, _ in sparsity.methods[0].notes] == [1, 2, 3]
+
+
+class Rewind(gs.Static):
+    """After step 3 puts the first weights back, and lets everything begin anew."""
+
+    def bind(self, model: nn.Module, masks: Any) -> None:
+        super().bind(model, masks)
+        self.model = model
+        self.first = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+    def after_step(self, step: int) -> Proposal | None:
+        if step != 3:
+            return None
+        self.model[0].bias.copy_(self.first["0.bias"])
+        (tensor,) = self.tensors
+        change = Change(tensor, tensor.mask.clone(), tensor.mask.clone(), self.first["0.weight"])
+        return Proposal([change], restarted=list(self.model.parameters()))
+
+
+def test_a_method_can_rewind_weights_and_optimizer_after_a_step():
+    model, again = nn.Sequential(nn.Linear(6, 4)), nn.Sequential(nn.Linear(6, 4))
+    again.load_state_dict(model.state_dict())
+    runs = []
+    for network, method, steps in ((model, Rewind(0.5), 5), (again, gs.Static(0.5), 2)):
+        optimizer = optim.Adam(network.parameters(), lr=0.1)
+        sparsity = gs.attach(network, method, optimizer)
+        for _ in range(steps):
+            network(torch.ones(2, 6)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append((flat(network), sparsity.masks()["0.weight"]))
+    assert runs[0][1].equal(runs[1][1])
+    assert runs[0][0].equal(runs[1][0])
+
+
+# -- the end, and other ways to begin ----------------------------------------------------------------------------------
+
+
+class Late(gs.Static):
+    """Writes negative zeros when it is finalized, as a product with a mask does."""
+
+    detached = False
+
+    def finalize(self) -> None:
+        for tensor in self.tensors:
+            tensor.parameter.mul_(-1)
+
+    def detach(self) -> None:
+        self.detached = True
+
+
+def test_zeros_are_enforced_after_a_method_was_finalized_and_it_is_not_detached_as_well():
+    model = nn.Sequential(nn.Linear(6, 4))
+    sparsity = gs.attach(model, Late(0.5), optim.SGD(model.parameters(), lr=0.1))
+    sparsity.finalize()
+    assert not torch.signbit(model[0].weight[model[0].weight == 0]).any()
+    assert not sparsity.methods[0].detached
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_first_optimizer_that_steps_can_be_followed_of_itself(fused: bool):
+    model = net()
+    sparsity = gs.attach(model, gs.SET(0.5, every=2), optimizer="auto")
+    zeros = [(parameter == 0).sum() for parameter in model.parameters()]
+    optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9, fused=fused)
+    for _ in range(5):
+        model(torch.randn(5, 6)).square().mean().backward()
+        optimizer.step()
+        assert [(parameter == 0).sum() for parameter in model.parameters()] >= zeros
+        assert all(not parameter[~mask].any() for parameter, mask in _masked(model, sparsity))
+    assert sparsity.step == 5
+    other = optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(gs.OrderError, match=r"0\.weight: has a mask, but no sparsity\.follow"):
+        other.step()
+
+
+def _masked(model: nn.Module, sparsity: gs.Sparsity) -> list[tuple[nn.Parameter, Tensor]]:
+    return [(model.get_parameter(name), mask) for name, mask in sparsity.masks().items()]
+
+
+class Thin(gs.Static):
+    """Offers a phase with an argument."""
+
+    def phases(self) -> dict[str, Any]:
+        return {"keep_rows": self.keep_rows}
+
+    def keep_rows(self, step: int, state: StateOf, rows: int) -> Proposal:
+        (tensor,) = self.tensors
+        mask = tensor.mask.clone()
+        mask[rows:] = 0
+        return Proposal([Change(tensor, mask)])
+
+
+def test_a_phase_can_take_arguments():
+    model = nn.Sequential(nn.Linear(6, 4))
+    sparsity = gs.attach(model, Thin(0.0))
+    sparsity.update("keep_rows", rows=1)
+    assert sparsity.masks()["0.weight"].sum(1).tolist() == [6, 0, 0, 0]
+    assert sparsity.density() == 0.25

@@ -157,7 +157,7 @@ def test_growth_at_random_takes_every_empty_place_equally_often() -> None:
             model[0].weight.copy_(torch.arange(1.0, 65).reshape(8, 8) * first)
         sparsity.update()
         counts += sparsity.masks()["0.weight"] & ~first
-        tensor.apply(Change(tensor, first.to(torch.int8).neg(), 32))
+        tensor.apply(Change(tensor, first.to(torch.int8).neg()))
     expected = 400 * 8 / 32
     chi_squared = ((counts[~first] - expected) ** 2 / expected).sum()
     assert chi_squared < 61.1  # 31 degrees of freedom, one seed in a thousand beyond; seeds are fixed

@@ -391,7 +391,7 @@ def test_saved_masks_of_what_was_just_pruned_must_fit() -> None:
     run = start(gs.DSR(0.75, threshold=0.3, every=10**6))
     run.sparsity.update("prune")
     state = run.sparsity.state_dict()
-    state["methods"][0]["state"]["pruned"].pop()
+    state["methods"][0]["state"]["spared"].popitem()
     with pytest.raises(gs.StateError, match=r"dsr: the saved masks of what was just pruned do not fit"):
         run.sparsity.load_state_dict(state)
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from gossamer.errors import ConfigurationError
+from gossamer.groups import changes
 from gossamer.method import Proposal, StateOf
 from gossamer.schedule import Schedule, as_schedule, check_number
-from gossamer.scores import Score, as_score, group_scores
+from gossamer.scores import Score, as_score
 from gossamer.weights.masked import MaskMethod
 from gossamer.weights.ranking import drop, grow, scores_of_active
 
@@ -65,7 +66,7 @@ class DropGrow(MaskMethod):
         drops = [int(fraction * count) for count in active]
         if self.grow_score is not None and getattr(as_score(self.grow_score), "needs_gradient", False):
             # A layer that took no part in this step (a branch, an expert) has nothing to grow by and keeps its mask.
-            trained = [tensor.parameter.grad is not None for tensor in self.tensors]
+            trained = [all(t.parameter.grad is not None for t in groups.tensors) for groups in self.groups]
             if not any(trained):
                 raise ConfigurationError(
                     f"{self.name}: no weight has a gradient to grow by; update between backward and zero_grad"
@@ -81,15 +82,13 @@ class DropGrow(MaskMethod):
             free = [mask == 0 for mask in alive]
             rooms = [room + count for room, count in zip(rooms, drops, strict=True)]
         grow(self.groups, alive, free, rooms, drops, self._growth(drops, alive, state))
-        return Proposal(self._changes(alive, active), {"drop_fraction": fraction})
+        return Proposal(changes(self.groups, alive), {"drop_fraction": fraction})
 
     def _growth(self, counts: Sequence[int], alive: Sequence[Tensor], state: StateOf) -> torch.Generator | list[Tensor]:
         if self.grow_score is None:
             return self.generator
         score = as_score(self.grow_score)
         return [
-            group_scores(groups, score, state(groups.tensor), self.p)
-            if count
-            else torch.zeros(len(mask), device=mask.device)
+            groups.scores(score, state, self.p) if count else torch.zeros(len(mask), device=mask.device)
             for groups, mask, count in zip(self.groups, alive, counts, strict=True)
         ]

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from gossamer.distribution import Distribution, allocate, apportion_groups
 from gossamer.errors import ConfigurationError, StateError
-from gossamer.masks import MaskedTensor, count_over_shards
+from gossamer.groups import changes
+from gossamer.masks import count_over_shards, is_packed, unpack_like
 from gossamer.method import Proposal, StateOf
 from gossamer.schedule import Schedule, as_schedule, check_integer, check_number
 from gossamer.scores import magnitude
@@ -129,7 +130,7 @@ class DSR(MaskMethod):
         return Proposal([], {"threshold": self.threshold})
 
     def _proposal(self, alive: list[Tensor], active: list[int]) -> Proposal:
-        return Proposal(self._changes(alive, active), {"threshold": self.threshold})
+        return Proposal(changes(self.groups, alive), {"threshold": self.threshold})
 
     def _prune(self, alive: list[Tensor], active: list[int], state: StateOf) -> list[int]:
         index, norms = scores_of_active(self.groups, alive, magnitude, state, self.p)
@@ -185,24 +186,25 @@ class DSR(MaskMethod):
             "threshold": self.threshold,
             "before": list(self._before),
             "last_pruned": self._last_pruned,
-            "pruned": None if self._pruned is None else self._pack(self._pruned),
+            "spared": None if self._pruned is None else self._pack_spared(self._pruned),
         }
 
-    def check_state(self, state: Mapping[str, Any], active: int) -> None:
+    def check_state(self, state: Mapping[str, Any], masks: Mapping[str, Tensor]) -> None:
         """See `Method.check_state`."""
-        super().check_state(state, active)
+        super().check_state(state, masks)
         threshold = state.get("threshold")
         if not isinstance(threshold, int | float) or not threshold > 0:
             raise StateError(
                 f"{self.name}: the saved threshold is {threshold!r}, expected a number above 0; the file is damaged"
             )
         counts = [*(state.get("before") or [None]), state.get("last_pruned")]
-        if len(counts) != len(self.tensors) + 1 or any(type(count) is not int for count in counts):
+        if len(counts) != len(self.groups) + 1 or any(type(count) is not int for count in counts):
             raise StateError(f"{self.name}: the saved counts of the last update are {counts}; the file is damaged")
-        pruned = state.get("pruned")
-        if pruned is None:
+        spared = state.get("spared")
+        if spared is None:
             return
-        if len(pruned) != len(self.tensors) or not all(map(MaskedTensor.has_packed, self.tensors, pruned)):
+        fits = isinstance(spared, Mapping) and all(is_packed(spared.get(t.name), t.shape) for t in self.tensors)
+        if not fits:
             raise StateError(f"{self.name}: the saved masks of what was just pruned do not fit; the file is damaged")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -211,23 +213,17 @@ class DSR(MaskMethod):
         self.threshold = state["threshold"]
         self._before = list(state["before"])
         self._last_pruned = state["last_pruned"]
-        pruned = state.get("pruned")
-        self._pruned = (
-            None
-            if pruned is None
-            else [
-                groups.collapse(groups.tensor.unpack(mask)).nonzero().view(-1)
-                for groups, mask in zip(self.groups, pruned, strict=True)
-            ]
-        )
+        self._pruned = None
+        if (spared := state.get("spared")) is not None:
+            masks = {tensor.name: unpack_like(spared[tensor.name], tensor.parameter) for tensor in self.tensors}
+            self._pruned = [(groups.collapse(masks) == 0).nonzero().view(-1) for groups in self.groups]
 
-    def _pack(self, pruned: list[Tensor]) -> list[Tensor]:
-        """Masks of what was just pruned: indices are of one rank, masks can be sharded anew."""
-        masks = [
-            torch.zeros_like(groups.alive()).index_fill_(0, gone, -1)
-            for groups, gone in zip(self.groups, pruned, strict=True)
-        ]
-        return [groups.tensor.pack(groups.expand(mask)) for groups, mask in zip(self.groups, masks, strict=True)]
+    def _pack_spared(self, pruned: list[Tensor]) -> dict[str, Tensor]:
+        """What was not just pruned, as masks of weights: indices are of one rank, masks can be sharded anew."""
+        alive = [torch.full_like(groups.alive(), -1) for groups in self.groups]
+        for mask, gone in zip(alive, pruned, strict=True):
+            mask.index_fill_(0, gone, 0)
+        return {each.tensor.name: each.tensor.pack(each.mask) for each in changes(self.groups, alive)}
 
     def _admits(self, active: int, budget: int) -> bool:
         return active <= budget  # fewer between the phases "prune" and "reallocate"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gossamer.distribution import Distribution, allocate
 from gossamer.errors import ConfigurationError, StateError
+from gossamer.groups import changes
 from gossamer.method import Proposal, StateOf
 from gossamer.schedule import Periodic, check_number, cubic_ramp
 from gossamer.scores import Score, as_score
@@ -64,8 +65,8 @@ class GMP(MaskMethod):
         left = cubic_ramp(step, self.begin, self.end, 1.0, 0.0)
         counts = [final + round((first - final) * left) for first, final in zip(self._from, self._to, strict=True)]
         alive = self._alive()
-        active = prune_to(self.groups, alive, counts, as_score(self.score), state, self.p)
-        return Proposal(self._changes(alive, active))
+        prune_to(self.groups, alive, counts, as_score(self.score), state, self.p)
+        return Proposal(changes(self.groups, alive))
 
     def _start(self, given: list[tuple[Tensor, int]] | None) -> list[tuple[Tensor, int]]:
         masks = given or [(groups.alive(), groups.total) for groups in self.groups]
@@ -79,10 +80,10 @@ class GMP(MaskMethod):
         self._from = [active for _, active in masks]
         if len(self._to) == 1:
             self._from = [sum(self._from)]
-        for tensor, first, final in zip(self.tensors, self._from, self._to, strict=False):
+        for groups, first, final in zip(self.groups, self._from, self._to, strict=False):
             if first < final:
                 raise ConfigurationError(
-                    f"{tensor.name} starts with {first} active groups, fewer than the {final} of the "
+                    f"{groups.name} starts with {first} active groups, fewer than the {final} of the "
                     "end; choose a higher sparsity, or leave this weight out of targets"
                 )
         return masks
@@ -96,7 +97,7 @@ class GMP(MaskMethod):
             return allocate("uniform", self.groups, active)
         if len(sizes := {groups.size for groups in self.groups}) > 1:
             raise ConfigurationError(
-                f"distribution='global' ranks groups of one size, but those of {self.tensors[0].structure} have sizes "
+                f"distribution='global' ranks groups of one size, but those of {self.groups[0].structure} have sizes "
                 f"{sorted(sizes)}; choose 'uniform', 'er', 'erk' or an explicit mapping"
             )
         return [active // self.groups[0].size]
@@ -111,9 +112,9 @@ class GMP(MaskMethod):
         """See `Method.state_dict`."""
         return super().state_dict() | {"first": self._from}
 
-    def check_state(self, state: Mapping[str, Any], active: int) -> None:
+    def check_state(self, state: Mapping[str, Any], masks: Mapping[str, Tensor]) -> None:
         """See `Method.check_state`."""
-        super().check_state(state, active)
+        super().check_state(state, masks)
         first = state.get("first")
         if not isinstance(first, list) or [type(n) for n in first] != [int] * len(self._from):
             raise StateError(

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from gossamer.distribution import Distribution, allocate, budget
 from gossamer.errors import ConfigurationError, StateError
-from gossamer.groups import Groups
-from gossamer.masks import Change, MaskedTensor
+from gossamer.groups import changes, divide
+from gossamer.masks import MaskedTensor, count_active, count_over_shards
 from gossamer.method import Masks, Method
 from gossamer.schedule import check_integer, check_number
 from gossamer.structure import Structure, as_structure
@@ -75,13 +75,14 @@ class MaskMethod(Method):
         """See `Method.bind`."""
         with self._naming_itself():
             structure = as_structure(self.structure)
-            self.groups = [Groups(MaskedTensor(target, structure)) for target in select(model, self.targets)]
-            self.tensors = [groups.tensor for groups in self.groups]
+            self.groups = divide(select(model, self.targets), structure)
+            self.tensors = list({tensor.name: tensor for each in self.groups for tensor in each.tensors}.values())
             self.generator = torch.Generator().manual_seed(self.seed)
             self.all_parameters = parameter_count(model)
             self.masks_from_weights = isinstance(masks, str)
             self._rescales = self.rescale and masks is None
-            given = None if masks is None else [self._given(groups, masks) for groups in self.groups]
+            self.over_all = self.over == "all"
+            given = None if masks is None else self._given(masks)
             self._first = self._start(given)
             self.budget = self._budget_of([active for _, active in self._first])
             # Without a number from the arguments, the masks given say the budget, and a saved state may have another:
@@ -91,15 +92,19 @@ class MaskMethod(Method):
 
     def install(self) -> None:
         """See `Method.install`."""
-        for groups, (alive, active) in zip(self.groups, self._first, strict=True):
-            groups.tensor.apply(groups.change(alive, active))
+        for change in changes(self.groups, [alive for alive, _ in self._first]):
+            change.tensor.apply(change)
             if self._rescales:
-                _rescale(groups.tensor)
+                _rescale(change.tensor)
+        count_active(self.tensors)
         del self._first
 
     def config(self) -> dict[str, Any]:
         """See `Method.config`."""
-        return {"method": self.name, "structure": str(as_structure(self.structure)), "targets": self.claims()}
+        return {
+            "structure": str(as_structure(self.structure)),
+            "targets": [target.name for target in self.claims()],
+        }
 
     def settings(self) -> dict[str, Any]:
         """See `Method.settings`."""
@@ -111,8 +116,11 @@ class MaskMethod(Method):
         """See `Method.state_dict`."""
         return {"generator": self.generator.get_state(), "budget": self.budget}
 
-    def check_state(self, state: Mapping[str, Any], active: int) -> None:
+    def check_state(self, state: Mapping[str, Any], masks: Mapping[str, Tensor]) -> None:
         """See `Method.check_state`."""
+        for tensor in self.tensors:
+            if tensor.name not in masks:
+                raise StateError(f"sparsity state: no mask of {tensor.name}; the file is damaged, use an earlier one")
         random = state.get("generator")
         now = self.generator.get_state()
         if not isinstance(random, Tensor) or random.dtype != now.dtype or random.shape != now.shape:
@@ -123,6 +131,8 @@ class MaskMethod(Method):
                 f"{self.name}: the saved budget is {budget} active weights, the attached one {self.budget}; attach "
                 "with the sparsity the state was saved with"
             )
+        alive = [groups.collapse(masks) for groups in self.groups]
+        active = self._weights(count_over_shards(self.groups, [mask.count_nonzero() for mask in alive]))
         if not self._admits(active, budget):
             raise StateError(
                 f"{self.name}: the saved masks have {active} active weights, their budget is {budget}; the file is "
@@ -174,7 +184,7 @@ class MaskMethod(Method):
     def _active_weights(self, sparsity: float | None) -> int:
         """Active weights in all."""
         cell = self.groups[0].cell
-        total = sum(tensor.weights for tensor in self.tensors)
+        total = sum(groups.total * groups.size for groups in self.groups)
         if cell is not None:
             implied = 1 - cell[0] / cell[1]
             if sparsity is not None and abs(sparsity - implied) > 1e-9:
@@ -205,52 +215,52 @@ class MaskMethod(Method):
         )
         return list(zip(alive, counts, strict=True))
 
-    def _given(self, groups: Groups, masks: Masks) -> tuple[Tensor, int]:
-        """Read one tensor's given mask, as a mask of groups."""
-        assert masks is not None
-        tensor = groups.tensor
+    def _given(self, masks: str | Mapping[str, Tensor]) -> list[tuple[Tensor, int]]:
+        """Read the given masks, as masks of groups."""
+        kept = {tensor.name: self._given_mask(tensor, masks) for tensor in self.tensors}
+        first = [groups.collapse(kept) for groups in self.groups]
+        for groups, alive in zip(self.groups, first, strict=True):
+            if not alive.any():
+                raise ConfigurationError(
+                    f"{groups.name}: its mask has no active weight; give it one, or exclude it from targets"
+                )
+            if groups.cell is not None:
+                n, m = groups.cell
+                wrong = int((alive.view(-1, m).sum(1) != -n).sum())
+                if wrong:
+                    raise ConfigurationError(
+                        f"{groups.name}: {wrong} of {groups.total // m} cells of {m} weights do not have exactly {n} "
+                        f"active, as structure {groups.structure} asks; prune with this structure first "
+                        "(gossamer.prune)"
+                    )
+        # A single zero in a living group is a value, but in a mask it is a wish.
+        for change in [] if isinstance(masks, str) else changes(self.groups, first):
+            name = change.tensor.name
+            if wrong := int((change.mask != kept[name]).count_nonzero()):
+                raise ConfigurationError(
+                    f"{name}: its mask has {wrong} pruned weights in active groups of {change.tensor.structure}; prune "
+                    "with this structure first (gossamer.prune), or use structure='element'"
+                )
+        return [(alive, int((alive != 0).sum())) for alive in first]
+
+    def _given_mask(self, tensor: MaskedTensor, masks: str | Mapping[str, Tensor]) -> Tensor:
+        """Read one tensor's given mask, as an int8 mask of weights."""
         if isinstance(masks, str):
             if masks != "zeros":
                 raise ConfigurationError(f"masks: got {masks!r}; allowed are 'zeros' or a mapping name → mask")
-            kept = local(tensor.parameter) != 0
-        else:
-            if tensor.name not in masks:
-                raise ConfigurationError(f"masks: none for {tensor.name}; there are {sorted(masks)}")
-            kept = masks[tensor.name].to(tensor.mask.device) != 0
-            if tuple(kept.shape) != tensor.shape:
-                raise ConfigurationError(f"masks: {tensor.name} has shape {tensor.shape}, its mask {tuple(kept.shape)}")
-        mask = kept.to(torch.int8).neg_()
-        alive = groups.collapse(mask)
-        if (active := int((alive != 0).sum())) == 0:
-            raise ConfigurationError(
-                f"{tensor.name}: its mask has no active weight; give it one, or exclude it from targets"
-            )
-        if groups.cell is not None:
-            n, m = groups.cell
-            wrong = int((alive.view(-1, m).sum(1) != -n).sum())
-            if wrong:
-                raise ConfigurationError(
-                    f"{tensor.name}: {wrong} of {groups.total // m} cells of {m} weights do not have exactly {n} "
-                    f"active, as structure {tensor.structure} asks; prune with this structure first (gossamer.prune)"
-                )
-        if not isinstance(masks, str):  # a single zero in a living group is a value, but in a mask it is a wish
-            torn = (groups.expand(alive) != mask).to(torch.int8).neg_()
-            if wrong := int(groups.collapse(torn).count_nonzero()):
-                raise ConfigurationError(
-                    f"{tensor.name}: {wrong} of {groups.total} groups of structure {tensor.structure} are only partly "
-                    "active in its mask; prune with this structure first (gossamer.prune), or use structure='element'"
-                )
-        return alive, active
+            return (local(tensor.parameter) != 0).to(torch.int8).neg_()
+        if tensor.name not in masks:
+            raise ConfigurationError(f"masks: none for {tensor.name}; there are {sorted(masks)}")
+        kept = masks[tensor.name].to(tensor.mask.device) != 0
+        if tuple(kept.shape) != tensor.shape:
+            raise ConfigurationError(f"masks: {tensor.name} has shape {tensor.shape}, its mask {tuple(kept.shape)}")
+        return kept.to(torch.int8).neg_()
 
     def _alive(self) -> list[Tensor]:
         return [groups.alive() for groups in self.groups]
 
     def _active(self) -> list[int]:
         return [groups.active for groups in self.groups]
-
-    def _changes(self, alive: Sequence[Tensor], active: Sequence[int]) -> list[Change]:
-        """The changes to these masks of groups with so many active ones."""
-        return [groups.change(mask, count) for groups, mask, count in zip(self.groups, alive, active, strict=True)]
 
 
 def _rescale(tensor: MaskedTensor) -> None:

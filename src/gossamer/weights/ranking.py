@@ -12,8 +12,7 @@ from torch import Tensor
 
 from gossamer.groups import Groups, largest, largest_in_cells, refuse_nan, sample, smallest
 from gossamer.masks import count_over_shards
-from gossamer.method import StateOf
-from gossamer.scores import Score, group_scores
+from gossamer.scores import Score, StateOf
 
 
 def scores_of_active(
@@ -21,7 +20,7 @@ def scores_of_active(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The active groups of each weight, int64 `(active on this rank,)`, and their scores, of the same shape."""
     index = [(mask != 0).nonzero().view(-1) for mask in alive]
-    return index, [group_scores(g, score, state(g.tensor), p, i) for g, i in zip(groups, index, strict=True)]
+    return index, [each.scores(score, state, p, i) for each, i in zip(groups, index, strict=True)]
 
 
 def drop(
@@ -78,7 +77,7 @@ def grow(
     """
     if groups[0].cell is not None:
         for i, each in enumerate(groups):
-            scores = _random_scores(each, source) if isinstance(source, torch.Generator) else source[i]
+            scores = _random_scores(each, len(alive[i]), source) if isinstance(source, torch.Generator) else source[i]
             _fill_cells(each, alive[i], eligible[i], scores)
         return
     if isinstance(source, torch.Generator):
@@ -130,9 +129,10 @@ def prune_to(
     return [now - lost for now, lost in zip(active, gone, strict=True)]
 
 
-def _random_scores(groups: Groups, generator: torch.Generator) -> Tensor:
-    part = groups.tensor.mask.numel() // groups.size
-    return torch.rand(groups.total, generator=generator)[groups.first : groups.first + part].to(groups.device)
+def _random_scores(groups: Groups, here: int, generator: torch.Generator) -> Tensor:
+    """Random scores of this rank's groups, drawn for all, so that they do not depend on the sharding."""
+    whole = torch.rand(groups.total, generator=generator)
+    return whole[groups.first : groups.first + here].to(groups.device)
 
 
 def _fill_cells(groups: Groups, alive: Tensor, eligible: Tensor, scores: Tensor) -> None:
@@ -149,7 +149,7 @@ def _prune_cells(groups: Groups, alive: Tensor, count: int, score: Score, state:
     assert groups.cell is not None
     m = groups.cell[1]
     kept = -(-count * m // groups.total)
-    scores = group_scores(groups, score, state(groups.tensor), p).masked_fill_(alive == 0, -torch.inf)
+    scores = groups.scores(score, state, p).masked_fill_(alive == 0, -torch.inf)
     refuse_nan([groups], [scores])
     alive.copy_(largest_in_cells(scores, torch.tensor([kept], device=alive.device), m)).neg_()
     return groups.total // m * kept

@@ -9,7 +9,7 @@ from torch.nn.utils import prune as torch_prune
 from gossamer import guard
 from gossamer.distribution import Distribution
 from gossamer.errors import ConfigurationError
-from gossamer.masks import enforce
+from gossamer.masks import count_active, enforce
 from gossamer.scores import Score
 from gossamer.structure import Structure
 from gossamer.summary import Summary, summarize
@@ -67,6 +67,7 @@ def prune(
     guard.check_unclaimed(tensor.parameter for tensor in method.tensors)
     for change in method.update(method.end, lambda _: {}).changes:
         change.tensor.apply(change)
+    count_active(method.tensors)
     return summarize(model, [method])
 
 
