@@ -5,8 +5,8 @@
 Two networks (`mnist_mlp` 20 epochs, `lenet` 8 epochs), equal epochs for all. Each method gets the same search on the
 validation split with one seed that is not used again: four trials, two learning rates by two values of the knob that
 matters most to it. That is weight decay for dense networks, the distribution for gradual pruning, and for all that
-begin with random masks whether their first weights are rescaled to the inputs that are left: without, LeNet at 98 %
-stays at chance under a static mask; with, new weights, which begin at zero, compete with larger ones. SET, RigL and DSR
+begin with random masks whether their first weights are rescaled to the inputs that are left: it helps signals through
+sparse layers, but then new weights, which begin at zero, compete with larger ones. SET, RigL and DSR
 begin with the masks of static ERK. The best trial is trained with five other seeds, and only then is the test set
 looked at.
 

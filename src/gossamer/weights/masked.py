@@ -36,7 +36,8 @@ class MaskMethod(Method):
         seed: Seed of the method's own random generator; the same on all ranks.
         rescale: Whether the first weights of each output are multiplied by `√(inputs / active inputs)`, so that
             signals keep the variance they have in the dense network (Evci et al., 2022, sparse initialization). For
-            weights that are yet to be trained; masks given to `attach` never rescale.
+            weights that are yet to be trained, above all under static masks: grown weights begin at zero and compete
+            with larger ones. Masks given to `attach` never rescale.
 
     Raises:
         ConfigurationError: A value out of range, when the method is made.
