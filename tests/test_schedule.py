@@ -6,13 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gossamer.checks import check_integer, check_number
 from gossamer.errors import ConfigurationError
 from gossamer.schedule import (
     EpochPeriods,
     Periodic,
     as_schedule,
-    check_integer,
-    check_number,
     cosine_decay,
     cubic_ramp,
 )

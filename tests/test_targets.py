@@ -11,8 +11,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.utils import parametrizations
 from torch.nn.utils import prune as torch_prune
 
+from gossamer.checks import closest
 from gossamer.errors import ConfigurationError
-from gossamer.targets import closest, local, named_weights, parameter_count, plain_name, select
+from gossamer.targets import local, named_weights, parameter_count, plain_name, select
 
 
 def names(model, selection=None):

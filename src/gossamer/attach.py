@@ -18,12 +18,13 @@ from torch import Tensor, nn, optim
 from torch.distributed.tensor import DTensor
 
 from gossamer import guard, optimizers, state
+from gossamer.checks import closest
 from gossamer.errors import ConfigurationError, OrderError
 from gossamer.hooks import StepHooks
 from gossamer.masks import count_active, enforce, pack, rows_like
 from gossamer.method import Masks, MaskUpdate, Method
 from gossamer.summary import Summary, summarize
-from gossamer.targets import closest, local, plain_name
+from gossamer.targets import local, plain_name
 
 logger = logging.getLogger(__name__)
 

@@ -13,9 +13,9 @@ from fractions import Fraction
 from math import floor, prod
 from typing import Protocol
 
+from gossamer.checks import check_number, closest
 from gossamer.errors import ConfigurationError
-from gossamer.schedule import check_number
-from gossamer.targets import closest, matches
+from gossamer.targets import matches
 
 NAMES = ("uniform", "er", "erk", "global")
 """The distributions with a name; a mapping of globs to sparsities is an explicit one."""

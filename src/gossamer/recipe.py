@@ -14,6 +14,7 @@ import yaml
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from torch import nn, optim
 
+from gossamer.checks import closest
 from gossamer.errors import ConfigurationError
 from gossamer.learning_rate import ConstantSchedule, ScheduleRecipe
 from gossamer.method import Method
@@ -21,7 +22,6 @@ from gossamer.optimizers import REFUSED
 from gossamer.schedule import EpochPeriods
 from gossamer.section import Named, Section, describe, key_in, refuse, refuse_other_kind, refuse_unknown
 from gossamer.source import Source
-from gossamer.targets import closest
 from gossamer.weights import METHODS
 
 OPTIMIZERS: dict[str, type[optim.Optimizer]] = {

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from gossamer.checks import check_integer
 from gossamer.errors import ConfigurationError
 
 
@@ -109,17 +110,3 @@ def cosine_decay(step: int, end: int | None, initial: float) -> float:
     if end is None:
         return initial
     return initial / 2 * (1.0 + math.cos(math.pi * min(step / end, 1.0)))
-
-
-def check_integer(name: str, value: object, at_least: int) -> None:
-    """Raise a ConfigurationError unless `value` is an integer not below `at_least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise ConfigurationError(f"{name}: expected an integer of at least {at_least}, got {value!r}")
-
-
-def check_number(name: str, value: object, low: float, high: float, *, open_high: bool = False) -> None:
-    """Raise a ConfigurationError unless `low <= value <= high` (`< high` where `open_high`)."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not (low <= value and (value < high or (value == high and not open_high))):  # type: ignore[operator]
-        end = ")" if open_high or math.isinf(high) else "]"
-        raise ConfigurationError(f"{name}: expected a number in [{low:g}, {high:g}{end}, got {value!r}")

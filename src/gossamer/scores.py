@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
+from gossamer.checks import closest
 from gossamer.errors import ConfigurationError
 from gossamer.masks import MaskedTensor
-from gossamer.targets import closest, local
+from gossamer.targets import local
 
 Score = Callable[["View"], Tensor]
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, NoReturn
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from gossamer.targets import closest
+from gossamer.checks import closest
 
 
 class Section(BaseModel):

@@ -7,9 +7,8 @@ weight or an embedding, nor a weight tied to an embedding.
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from gossamer.checks import closest
 from gossamer.errors import ConfigurationError
 
 Predicate = Callable[[str, nn.Module, nn.Parameter], bool]
@@ -129,12 +129,6 @@ def select(model: nn.Module, selection: Selection) -> list[Target]:
 def matches(name: str, pattern: str) -> bool:
     """Whether a name matches a glob, case-sensitively; `*` also matches dots."""
     return fnmatchcase(name, pattern)
-
-
-def closest(name: str, allowed: Iterable[str]) -> str:
-    """Return `"; did you mean 'x'?"` for the nearest allowed name, or an empty string."""
-    near = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _is_weight(target: Target) -> bool:

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from gossamer.checks import closest
 from gossamer.data import formats
 from gossamer.errors import ConfigurationError
-from gossamer.targets import closest
 
 
 @dataclass(frozen=True)

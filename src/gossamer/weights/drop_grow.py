@@ -12,10 +12,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from gossamer.checks import check_number
 from gossamer.errors import ConfigurationError
 from gossamer.groups import changes
 from gossamer.method import Proposal, StateOf
-from gossamer.schedule import Schedule, as_schedule, check_number
+from gossamer.schedule import Schedule, as_schedule
 from gossamer.scores import Score, as_score
 from gossamer.weights.masked import MaskMethod
 from gossamer.weights.ranking import drop, grow, scores_of_active

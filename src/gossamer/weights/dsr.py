@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gossamer.checks import check_integer, check_number, closest
 from gossamer.distribution import Distribution, allocate, apportion_groups
 from gossamer.errors import ConfigurationError, StateError
 from gossamer.groups import changes
 from gossamer.masks import count_over_shards, is_packed, unpack_like
 from gossamer.method import Proposal, StateOf
-from gossamer.schedule import Schedule, as_schedule, check_integer, check_number
+from gossamer.schedule import Schedule, as_schedule
 from gossamer.scores import magnitude
-from gossamer.targets import closest
 from gossamer.weights.masked import MaskMethod
 from gossamer.weights.ranking import drop, grow, scores_of_active
 

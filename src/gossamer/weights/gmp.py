@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
+from gossamer.checks import check_number
 from gossamer.distribution import Distribution, allocate
 from gossamer.errors import ConfigurationError, StateError
 from gossamer.groups import changes
 from gossamer.method import Proposal, StateOf
-from gossamer.schedule import Periodic, check_number, cubic_ramp
+from gossamer.schedule import Periodic, cubic_ramp
 from gossamer.scores import Score, as_score
 from gossamer.weights.masked import MaskMethod
 from gossamer.weights.ranking import prune_to

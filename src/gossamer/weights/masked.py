@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gossamer.checks import check_integer, check_number
 from gossamer.distribution import Distribution, allocate, budget
 from gossamer.errors import ConfigurationError, StateError
 from gossamer.groups import changes, divide
 from gossamer.masks import MaskedTensor, count_active, count_over_shards
 from gossamer.method import Masks, Method
-from gossamer.schedule import check_integer, check_number
 from gossamer.structure import Structure, as_structure
 from gossamer.targets import Selection, local, parameter_count, select
 from gossamer.weights.ranking import grow
