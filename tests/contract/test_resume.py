@@ -413,3 +413,12 @@ def test_other_settings_than_the_saved_ones_are_named_in_a_warning(caplog: pytes
         "set: saved with drop_score='magnitude', goes on with 'movement'",
         "attach: saved with second_moment='zero', goes on with 'mean'",
     ]
+
+
+@pytest.mark.parametrize(("row", "structure"), METHOD_CASES)
+def test_a_run_that_goes_on_as_it_was_is_not_warned_about(
+    row: MethodRow, structure: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = start(row.make(structure)).train(5).sparsity.state_dict()
+    start(row.make(structure)).sparsity.load_state_dict(state)
+    assert not caplog.records

@@ -180,6 +180,10 @@ class DSR(MaskMethod):
         elif pruned < (1 - self.tolerance) * self.intended:
             self.threshold *= self.gain
 
+    def settings(self) -> dict[str, Any]:
+        """See `Method.settings`; the threshold has adapted since, and is in the state."""
+        return {name: value for name, value in super().settings().items() if name != "threshold"}
+
     def state_dict(self) -> dict[str, Any]:
         """See `Method.state_dict`."""
         return super().state_dict() | {
