@@ -8,6 +8,7 @@ from gossamer.errors import ConfigurationError
 from gossamer.learning_rate import CosineSchedule, MultiStepSchedule
 from gossamer.recipe import OPTIMIZERS, Recipe, load_recipe, parse_recipe, shipped
 from gossamer.schedule import EpochPeriods
+from gossamer.source import Source, dump
 from gossamer.weights import DSR, GMP, METHODS, RigL
 
 TEXT = """\
@@ -70,7 +71,7 @@ def refusal(*changes: tuple[str, str]) -> str:
         ("  name: SGD\n", "", "t.yaml:8: optimizer.name:", "missing"),
         ("  name: SGD", "  name: Adamm", "t.yaml:9: optimizer.name:", "did you mean 'Adam'?"),
         ("  name: SGD", "  name: LBFGS", "t.yaml:9: optimizer.name:", "flat vectors"),
-        ("lr: 1e-1", "lr: fast", "t.yaml:10: optimizer.lr:", "expected a number, got 'fast'"),
+        ("lr: 1e-1", "lr: fast", "t.yaml:10: optimizer.lr:", "expected a finite number, got 'fast'"),
         ("lr: 1e-1", "lr: -1", "t.yaml:10: optimizer.lr:", "SGD: Invalid lr: -1"),
         ("lr: 1e-1", "nesterov: 1", "t.yaml:10: optimizer.nesterov:", "expected true or false, got 1"),
         ("sparsity: 0.9", "sparsity: 1.5", "t.yaml:16: methods.0.sparsity:", "[0, 1), got 1.5"),
@@ -90,7 +91,28 @@ def refusal(*changes: tuple[str, str]) -> str:
         ("description: a test", "seeds: [-1]", "t.yaml:1: seeds.0:", "got -1"),
         ("description: a test", "precision: fp8", "t.yaml:1: precision:", "'fp32' or 'bf16', got 'fp8'"),
         ("description: a test", "clip_grad_norm: .inf", "t.yaml:1: clip_grad_norm:", "finite"),
+        ("description: a test", "seeds: [9223372036854775808]", "t.yaml:1: seeds.0:", "9223372036854775807, got 92"),
+        ("every: 20", "seed: 99999999999999999999", "t.yaml:17: methods.0.seed:", "at most 9223372036854775807, got 9"),
+        ("description: a test", "threads: 100000", "t.yaml:1: threads:", "less than or equal to 1024, got 100000"),
+        ("epochs: 8", "epochs: " + "9" * 400, "t.yaml:13: epochs:", "less than or equal to 1000000000"),
+        ("lr: 1e-1", "lr: .nan", "t.yaml:10: optimizer.lr:", "expected a finite number, got nan"),
+        ("  momentum: 0.9", "  momentum: .inf", "t.yaml:11: optimizer.momentum:", "expected a finite number, got inf"),
+        ("lr: 1e-1", "lr: " + "9" * 400, "t.yaml:10: optimizer.lr:", "expected a finite number"),
+        ("lr: 1e-1", "foreach: all", "t.yaml:10: optimizer.foreach:", "expected true, false or null, got 'all'"),
+        ("lr: 1e-1", "fused: 1", "t.yaml:10: optimizer.fused:", "expected true, false or null, got 1"),
+        ("lr: 1e-1", "differentiable: true", "t.yaml:10: optimizer.differentiable:", "unknown key"),
         ("description: a test", "epochs: 9", "t.yaml:13: epochs:", "given twice"),
+        ("description: a test", "description: a\0b", "t.yaml:1:", "not valid YAML: unacceptable character #x0000"),
+        ("epochs: 8", "epochs: 8\nseeds: [\0]", "t.yaml:14:", "not valid YAML: unacceptable character #x0000"),
+        ("epochs: 8", "epochs: !!int x", "t.yaml:13:", "not valid YAML: 'x' cannot be read as int"),
+        ("epochs: 8", "epochs: !!int ''", "t.yaml:13:", "'' cannot be read as int"),
+        ("epochs: 8", "epochs: !!bool x", "t.yaml:13:", "'x' cannot be read as bool"),
+        ("epochs: 8", "epochs: !!timestamp x", "t.yaml:13:", "'x' cannot be read as timestamp"),
+        ("lr: 1e-1", "lr: !!float abc", "t.yaml:10:", "'abc' cannot be read as float"),
+        ("epochs: 8", "epochs: 2020-13-45", "t.yaml:13: epochs:", "must be a valid integer, got '2020-13-45'"),
+        ("epochs: 8", "epochs: " + "9" * 5000, "t.yaml:13:", "cannot be read as int"),
+        ("epochs: 8", "epochs: 1:30", "t.yaml:13: epochs:", "must be a valid integer, got '1:30'"),
+        (TEXT, "[" * 10_000, "t.yaml:1:", "not valid YAML: nested too deeply"),
         ("description: a test", "a: [1", "t.yaml:2:", "not valid YAML"),
         ("description: a test", "a: !!python/name:os.system", "t.yaml:1:", "not valid YAML"),
         (TEXT, "- a list", "t.yaml:1:", "expected a mapping"),
@@ -114,14 +136,27 @@ def test_a_step_that_cannot_work_is_refused_once_the_length_of_the_run_is_known(
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("optimizer.lr=fast", "command line 'optimizer.lr=fast': optimizer.lr: expected a number"),
+        ("optimizer.lr=fast", "command line 'optimizer.lr=fast': optimizer.lr: expected a finite number"),
         ("methods.0.sparsity=2", "command line 'methods.0.sparsity=2': methods.0.sparsity:"),
         ("methods.2.sparsity=0.5", "methods is a list of 2, it has no item '2'"),
         ("methods.last.sparsity=0.5", "it has no item 'last'"),
         ("epochs.value=3", "epochs is 8, which has no 'value'"),
         ("epochs", "expected key=value"),
         ("=3", "expected key=value"),
-        ("epochs=[1", "the value is not valid YAML"),
+        ("epochs=[1", "command line 'epochs=[1': not valid YAML"),
+        ("epochs=!!int x", "command line 'epochs=!!int x': not valid YAML: 'x' cannot be read as int"),
+        ("epochs=2020-13-45", "epochs: must be a valid integer, got '2020-13-45'"),
+        ("epochs=" + "9" * 5000, "cannot be read as int"),
+        (
+            "optimizer={name: Adam, betas: [a, b]}",
+            "optimizer.betas: expected a list of 2 finite numbers, got ['a', 'b']",
+        ),
+        ("optimizer={name: Adam, betas: [0.9, .nan]}", "optimizer.betas: expected a list of 2 finite numbers"),
+        ("optimizer={name: Adam, capturable: true}", "optimizer.capturable: unknown key"),
+        ("optimizer={name: SGD, lr: 0.1, lr: 0.2}", "lr: this key is given twice"),
+        ("optimizer.name=sgd", "no optimizer 'sgd'; did you mean 'SGD'?"),
+        ("schedule=cosine", "schedule: must be a mapping of keys to values, such as {type: cosine}, got 'cosine'"),
+        ("0=1", "command line '0=1': 0: unknown key"),
         ("epoch=3", "command line 'epoch=3': epoch: unknown key; did you mean 'epochs'?"),
         ("schedule={type: cosine, final: 2}", "schedule.final: must be less than or equal to 1, got 2"),
     ],
@@ -180,6 +215,41 @@ def test_a_run_gives_its_seed_to_methods_that_have_none():
 
 def test_numbers_with_an_exponent_need_no_point():
     assert parse().optimizer.arguments["lr"] == 0.1
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("2:4", "2:4"),
+        ("1:30", "1:30"),
+        ("1:30.5", "1:30.5"),
+        ("2020-12-31", "2020-12-31"),
+        ("1e-4", 1e-4),
+        ("1.0e-4", 1e-4),
+        ("-1.5E+3", -1500.0),
+        (".5", 0.5),
+        ("1_000", 1000),
+        ("0x10", 16),
+        (".inf", math.inf),
+        ("-7", -7),
+        ("true", True),
+        ("'1e5'", "1e5"),
+        ("75%", "75%"),
+    ],
+)
+def test_plain_values_are_read_as_they_look_and_written_as_they_were_read(written, read):
+    data = Source("t", f"a: {written}").data
+    assert data == {"a": read}
+    assert type(data["a"]) is type(read)
+    again = Source("t", dump(data)).data
+    assert again == data
+    assert type(again["a"]) is type(read)
+
+
+def test_an_n_of_m_structure_needs_no_quotes():
+    (method,) = parse_recipe("t", TEXT, ["methods=[{type: rigl, structure: 2:4}]"]).build_methods(100, 10, 0)
+    assert isinstance(method, RigL)
+    assert method.structure == "2:4"
 
 
 def test_the_resolved_recipe_reads_back_as_the_same():
@@ -291,6 +361,6 @@ def test_seeds_can_be_replaced_by_valid_ones_only():
     recipe = parse()
     assert recipe.with_seeds([4, 2]).seeds == [4, 2]
     assert recipe.seeds == [0]
-    for seeds in ([], [-1], [1, 1]):
+    for seeds in ([], [-1], [1, 1], [2**63]):
         with pytest.raises(ConfigurationError, match="different integers"):
             recipe.with_seeds(seeds)

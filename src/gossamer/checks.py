@@ -8,11 +8,16 @@ from collections.abc import Iterable
 
 from gossamer.errors import ConfigurationError
 
+MAX_SEED = 2**63 - 1
+"""The largest seed: it fits a signed integer of 64 bits, as tensors and files hold them."""
 
-def check_integer(name: str, value: object, at_least: int) -> None:
-    """Raise a ConfigurationError unless `value` is an integer not below `at_least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise ConfigurationError(f"{name}: expected an integer of at least {at_least}, got {value!r}")
+
+def check_integer(name: str, value: object, at_least: int, at_most: int | None = None) -> None:
+    """Raise a ConfigurationError unless `value` is an integer from `at_least` to `at_most` (None for no limit)."""
+    fits = isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+    if not fits or (at_most is not None and value > at_most):  # type: ignore[operator]
+        limit = "" if at_most is None else f" and at most {at_most}"
+        raise ConfigurationError(f"{name}: expected an integer of at least {at_least}{limit}, got {value!r}")
 
 
 def check_number(name: str, value: object, low: float, high: float, *, open_high: bool = False) -> None:
@@ -25,5 +30,6 @@ def check_number(name: str, value: object, low: float, high: float, *, open_high
 
 def closest(name: str, allowed: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the nearest allowed name, or an empty string."""
-    near = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    spelled = {each.lower(): each for each in allowed}
+    near = difflib.get_close_matches(name.lower(), spelled, n=1, cutoff=0.5)
+    return f"; did you mean {spelled[near[0]]!r}?" if near else ""

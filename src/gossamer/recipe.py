@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-import yaml
 from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from torch import nn, optim
 
-from gossamer.checks import closest
+from gossamer.checks import MAX_SEED, closest
 from gossamer.errors import ConfigurationError
 from gossamer.learning_rate import ConstantSchedule, ScheduleRecipe
 from gossamer.method import Method
 from gossamer.optimizers import REFUSED
 from gossamer.schedule import EpochPeriods
 from gossamer.section import Named, Section, describe, key_in, refuse, refuse_other_kind, refuse_unknown
-from gossamer.source import Source
+from gossamer.source import Source, dump
 from gossamer.weights import METHODS
 
 OPTIMIZERS: dict[str, type[optim.Optimizer]] = {
@@ -34,7 +33,13 @@ OPTIMIZERS: dict[str, type[optim.Optimizer]] = {
 STEPS = ("begin", "end", "every", "until")
 """Arguments of methods that count optimizer steps, and may be given as "75%" of training or "30 epochs"."""
 
+CAPTURED = ("capturable", "differentiable")
+"""Arguments of optimizers that are for CUDA graphs and for gradients through a step, which a run has no use for."""
+
 _MANY = 10**9  # optimizer steps of a run of unknown length
+
+_Count = Annotated[int, Field(ge=1, le=_MANY)]
+_CountOrZero = Annotated[int, Field(ge=0, le=_MANY)]
 
 _STEP_TEXT = re.compile(r"\s*(\d+\.?\d*)\s*(%|epochs?)\s*")
 
@@ -42,7 +47,7 @@ _STEP_TEXT = re.compile(r"\s*(\d+\.?\d*)\s*(%|epochs?)\s*")
 class AugmentRecipe(Section):
     """Random changes of training images; see `gossamer.data.Augment`."""
 
-    crop: Annotated[int, Field(ge=0)] = 0
+    crop: _CountOrZero = 0
     padding: Literal["reflect", "zero"] = "reflect"
     flip: bool = False
 
@@ -55,8 +60,8 @@ class DataRecipe(Section):
     """
 
     name: str
-    batch_size: Annotated[int, Field(ge=1)] = 128
-    validation: Annotated[int, Field(ge=0)] | None = None
+    batch_size: _Count = 128
+    validation: _CountOrZero | None = None
     augment: AugmentRecipe | None = None
 
 
@@ -78,11 +83,15 @@ class OptimizerRecipe(Named):
             reason = f" ({refused[self.name]})" if self.name in refused else closest(self.name, OPTIMIZERS)
             refuse("name", f"no optimizer {self.name!r}{reason}; allowed are {', '.join(sorted(OPTIMIZERS))}")
         known = inspect.signature(OPTIMIZERS[self.name]).parameters
-        refuse_unknown(self.arguments, [key for key in known if key != "params"])
+        refuse_unknown(self.arguments, [key for key in known if key not in ("params", *CAPTURED)])
         for key, value in self.arguments.items():
             refuse_other_kind(key, value, known[key].default)
+            if key in ("foreach", "fused") and not isinstance(value, bool | None):
+                refuse(key, f"expected true, false or null, got {value!r}")
+        weight = nn.Parameter(torch.zeros(1, 1))
+        weight.grad = torch.ones(1, 1)
         try:
-            self.build([nn.Parameter(torch.zeros(1, 1))])
+            self.build([weight]).step()  # some arguments are only looked at by a step
         except (TypeError, ValueError, RuntimeError) as error:
             reason = str(error).replace("learning rate", "lr")
             refuse(key_in(reason, self.arguments), f"{self.name}: {reason}")
@@ -139,16 +148,16 @@ class Recipe(Section):
     model: ModelRecipe
     optimizer: OptimizerRecipe
     schedule: ScheduleRecipe = Field(default_factory=ConstantSchedule)
-    epochs: Annotated[int, Field(ge=1)]
+    epochs: _Count
     methods: list[MethodRecipe] = Field(default_factory=list)
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [0], min_length=1)
+    seeds: list[Annotated[int, Field(ge=0, le=MAX_SEED)]] = Field(default_factory=lambda: [0], min_length=1)
     precision: Literal["fp32", "bf16"] = "fp32"
-    accumulate: Annotated[int, Field(ge=1)] = 1
+    accumulate: _Count = 1
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
     channels_last: bool = False
     compile: bool = False
     deterministic: bool = False
-    threads: Annotated[int, Field(ge=1)] | None = None
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
 
     _source: Source | None = PrivateAttr(None)
 
@@ -167,10 +176,12 @@ class Recipe(Section):
         """The same recipe with other seeds.
 
         Raises:
-            ConfigurationError: No seed, a negative one, or one given twice.
+            ConfigurationError: No seed, one below 0 or above 2⁶³ - 1, or one given twice.
         """
-        if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-            raise ConfigurationError(f"seeds: expected different integers of at least 0, got {list(seeds)}")
+        if not seeds or min(seeds) < 0 or max(seeds) > MAX_SEED or len(set(seeds)) < len(seeds):
+            raise ConfigurationError(
+                f"seeds: expected different integers of at least 0 and at most {MAX_SEED}, got {list(seeds)}"
+            )
         return self.model_copy(update={"seeds": list(seeds)})
 
     def error(self, path: Sequence[str | int], message: object) -> ConfigurationError:
@@ -198,7 +209,7 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """The recipe with every value that counts, overrides and defaults included; reads back as the same recipe."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+        return dump(self.model_dump())
 
 
 def shipped() -> dict[str, str]:

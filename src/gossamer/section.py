@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
@@ -50,17 +51,30 @@ def refuse_unknown(given: Iterable[Any], allowed: Collection[str]) -> None:
 
 
 def refuse_other_kind(key: str, value: Any, default: Any) -> None:
-    """Within a validator: refuse a value that is not of the kind of an argument's default, where the default tells."""
+    """Within a validator: refuse a value that is not of the kind of an argument's default, where the default tells.
+
+    Numbers are finite, and so are those of a list.
+    """
     if isinstance(default, bool):
         expected, fits = "true or false", isinstance(value, bool)
     elif isinstance(default, int | float):
-        expected, fits = "a number", isinstance(value, int | float) and not isinstance(value, bool)
+        expected, fits = "a finite number", _is_finite(value)
     elif isinstance(default, tuple):
-        expected, fits = f"a list of {len(default)}", isinstance(value, list) and len(value) == len(default)
+        expected = f"a list of {len(default)} finite numbers"
+        fits = (
+            isinstance(value, list)
+            and len(value) == len(default)
+            and all(_is_finite(item) or item is usual is None for item, usual in zip(value, default, strict=True))
+        )
     else:
         return
     if not fits:
         refuse(key, f"expected {expected}, got {value!r}")
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether this is a number that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def key_in(message: str, keys: Iterable[str]) -> str | None:
@@ -89,6 +103,10 @@ def _message(error: Mapping[str, Any]) -> str:
         return f"got type {error['ctx']['tag']!r}; allowed are {error['ctx']['expected_tags']}"
     if error["type"] == "model_type":
         return f"must be a mapping of keys to values, got {error['input']!r}"
+    if error["type"] == "model_attributes_type":  # of a choice by `type`
+        given = error["input"]
+        example = f", such as {{type: {given}}}" if isinstance(given, str) else ""
+        return f"must be a mapping of keys to values{example}, got {given!r}"
     return f"{str(error['msg']).replace('Input should be', 'must be')}, got {error['input']!r}"
 
 

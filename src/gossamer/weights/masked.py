@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.checks import check_integer, check_number
+from gossamer.checks import MAX_SEED, check_integer, check_number
 from gossamer.distribution import Distribution, allocate, budget
 from gossamer.errors import ConfigurationError, StateError
 from gossamer.groups import changes, divide
@@ -64,7 +64,7 @@ class MaskMethod(Method):
         check_number("p", self.p, 0, float("inf"))
         if self.p == 0:
             raise ConfigurationError("p: the order of a norm must be positive, got 0")
-        check_integer("seed", self.seed, at_least=0)
+        check_integer("seed", self.seed, at_least=0, at_most=MAX_SEED)
         if self.over not in ("targets", "all"):
             raise ConfigurationError(f"over: got {self.over!r}; allowed are 'targets' and 'all'")
         if not isinstance(self.rescale, bool):
