@@ -400,8 +400,10 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_good_epoch(tmp_path):
         ("data.validation=1500", "data.validation: .*1500"),
         ("model.name=mnist_mpl", "model.name: .*did you mean"),
         ("model.depth=3", "model.depth: .*no argument 'depth'"),
-        ("model={name: mnist_mlp, in_features: 65}", "model.name: mnist_mlp cannot take images of shape"),
-        ("model.classes=11", "model.classes: mnist_mlp gives \\(1, 11\\) .*digits has 10 classes"),
+        ("model={name: mnist_mlp, in_features: 65}", "model.name: mnist_mlp cannot be evaluated on 1 image of shape"),
+        ("model.classes=11", "model.classes: mnist_mlp gives \\(1, 11\\) .*digits, which has 10 classes"),
+        ("model.width=1e13", "model.width: mnist_mlp .*can't allocate memory"),
+        ("model.width=1e30", "model.width: mnist_mlp .*Overflow"),
         ("optimizer={name: Muon, lr: 0.1}", "optimizer: Muon: .*2D"),
         ("methods=[{type: set, sparsity: 0.9}, {type: set, sparsity: 0.5}]", "methods: .*belongs to both"),
     ],
@@ -410,6 +412,70 @@ def test_what_only_shows_with_data_and_network_is_refused_before_anything_is_wri
     with pytest.raises(ConfigurationError, match="^command line .*: " + said):
         train(small(override), tmp_path / "run", progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+class Failing(nn.Module):
+    """A network of another library: fails in ways of its own, in training or always."""
+
+    def __init__(self, error: Exception | None, only_in_training: bool = True) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+        self.error, self.only_in_training = error, only_in_training
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        outputs = self.layers(images)
+        if self.only_in_training and not self.training:
+            return outputs
+        if self.error is not None:
+            raise self.error
+        return outputs, outputs
+
+
+@pytest.mark.parametrize(
+    ("network", "said"),
+    [
+        (Failing(AssertionError("Wrong height!\nand more")), "cannot be trained on .* of digits: Wrong height!$"),
+        (Failing(AssertionError(), only_in_training=False), "cannot be evaluated on .* of digits: AssertionError$"),
+        (Failing(KeyError("nope")), "cannot be trained on .*: KeyError: 'nope'$"),
+        (Failing(None), "gives a tuple when it is trained, expected one tensor"),
+    ],
+)
+def test_a_network_that_fails_in_a_way_of_its_own_is_named_in_one_line(tmp_path, monkeypatch, network, said):
+    monkeypatch.setattr("gossamer.zoo.build", lambda name, **arguments: network)
+    with pytest.raises(ConfigurationError, match=rf"model.name: mnist_mlp {said}"):
+        train(small(), tmp_path / "run", progress=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_last_batch_too_small_for_batch_norm_is_refused_before_training(tmp_path, monkeypatch):
+    def network(name: str, **arguments: object) -> nn.Module:
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 20), nn.BatchNorm1d(20), nn.Linear(20, 10))
+
+    monkeypatch.setattr("gossamer.zoo.build", network)
+    with pytest.raises(ConfigurationError, match=r"cannot be trained on 1 image .* another data\.batch_size makes it"):
+        train(small("data.batch_size=68"), tmp_path / "run", progress=False)  # 1,293 images: 19 batches of 68, and 1
+    assert list(tmp_path.iterdir()) == []
+    train(small("data.batch_size=67", "epochs=1"), progress=False)
+
+
+def test_trying_a_network_out_leaves_it_as_it_was_built(monkeypatch):
+    built = []
+
+    def network(name: str, **arguments: object) -> nn.Module:
+        built.append(nn.Sequential(nn.Flatten(), nn.BatchNorm1d(64), nn.Dropout(0.5), nn.Linear(64, 10)))
+        built.append({key: value.clone() for key, value in built[0].state_dict().items()})
+        built.append(torch.get_rng_state())
+        return built[0]
+
+    def attached(model: nn.Module, methods: object) -> None:
+        assert equal(dict(model.state_dict()), built[1])
+        assert torch.equal(torch.get_rng_state(), built[2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gossamer.zoo.build", network)
+    monkeypatch.setattr("gossamer.loop.attach", attached)
+    with pytest.raises(KeyboardInterrupt):
+        train(small(), progress=False)
 
 
 def test_augmentation_changes_what_is_trained_on_but_not_what_is_validated_on():

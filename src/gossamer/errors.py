@@ -1,6 +1,14 @@
 """The errors gossamer raises: each message names the place, the value received, what is allowed and the remedy."""
 
 
+def reason(error: BaseException) -> str:
+    """What an error of another library says: its first line, with the class where that alone would say too little."""
+    first = next(iter(str(error).strip().splitlines()), "")
+    if first and not isinstance(error, LookupError):
+        return first
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+
+
 class GossamerError(Exception):
     """Base of every error that gossamer raises on purpose."""
 

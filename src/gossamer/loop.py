@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import time
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from gossamer import data, zoo
 from gossamer.attach import Sparsity, attach
 from gossamer.console import Display
-from gossamer.errors import ConfigurationError, NonFiniteError, StateError
+from gossamer.errors import ConfigurationError, NonFiniteError, StateError, reason
 from gossamer.method import MaskUpdate, Method
 from gossamer.recipe import Recipe
 
@@ -204,20 +205,41 @@ class Run:
         try:
             fitting = zoo.arguments(section.name, dataset.shape, dataset.classes)
             model = zoo.build(section.name, **(fitting | section.arguments))
-        except (ConfigurationError, TypeError, ValueError) as error:
+        except ConfigurationError as error:
             raise self.recipe.model_error(error) from None
+        except Exception as error:  # sizes that cannot be had end in many kinds of error
+            what = f"{section.name} cannot be built with {section.arguments}: {reason(error)}"
+            raise self.recipe.model_error(what) from None
         if self.recipe.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        try:
-            with torch.no_grad():
-                outputs = model.eval()(torch.zeros(1, *dataset.shape))
-        except (RuntimeError, ValueError) as error:
-            what = f"{section.name} cannot take images of shape {dataset.shape} of {dataset.name}: {error}"
-            raise self.recipe.model_error(what) from None
-        if outputs.shape != (1, dataset.classes):
-            what = f"gives {tuple(outputs.shape)} for an image, but {dataset.name} has {dataset.classes} classes"
-            raise self.recipe.model_error(f"{section.name} {what}")
+        self._try_out(model, 1, dataset, "evaluated")
+        self._try_out(model, self.batches.smallest, dataset, "trained")
         return model
+
+    def _try_out(
+        self, model: nn.Module, count: int, dataset: data.Dataset, use: Literal["evaluated", "trained"]
+    ) -> None:
+        """Refuse a network that cannot be used so on `count` images, before the run finds out in its last batch."""
+        name = self.recipe.model.name
+        images = f"{count} image{'s' if count > 1 else ''} of shape {dataset.shape} of {dataset.name}"
+        # A copy, since statistics of batch norms change; with random numbers of its own, since dropout draws some.
+        tried = copy.deepcopy(model).train(use == "trained")
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                outputs = tried(torch.zeros(count, *dataset.shape))
+        except Exception as error:  # a network of another library may raise anything
+            what = f"{name} cannot be {use} on {images}: {reason(error)}"
+            if use == "trained" and count == 1 < self.batches.batch_size:
+                what += "; this is the smallest batch of an epoch, another data.batch_size makes it larger"
+            raise self.recipe.model_error(what) from None
+        if not isinstance(outputs, Tensor):
+            raise self.recipe.model_error(
+                f"{name} gives a {type(outputs).__name__} when it is {use}, expected one tensor; a network with "
+                "auxiliary outputs may have an argument that turns them off, such as aux_logits: false"
+            )
+        if outputs.shape != (count, dataset.classes):
+            what = f"gives {tuple(outputs.shape)} for {images}, which has {dataset.classes} classes"
+            raise self.recipe.model_error(f"{name} {what}")
 
     def _attach(self, methods: list[Method]) -> Sparsity:
         try:

@@ -39,6 +39,7 @@ def test_an_epoch_holds_every_image_at_most_once_and_all_unless_the_last_is_drop
     assert len(set(seen)) == len(seen)
     assert shuffle or seen == list(range(len(seen)))
     assert all(len(x) == len(y) == batch for x, y in batches[:-1])
+    assert loader.smallest == min(len(y) for _, y in batches)
 
 
 def test_images_are_normalised_and_belong_to_their_labels():

@@ -50,8 +50,28 @@ def test_torchvision_models_are_built_by_name():
 def test_unknown_torchvision_names_and_arguments_are_refused():
     with pytest.raises(ConfigurationError, match="did you mean torchvision:resnet"):
         zoo.build("torchvision:resnet51")
-    with pytest.raises(ConfigurationError, match=r"'torchvision:resnet18' does not take .*depth"):
-        zoo.build("torchvision:resnet18", depth=3)
+    with pytest.raises(ConfigurationError, match="no network 'torchvision:deeplabv3_resnet50'"):
+        zoo.build("torchvision:deeplabv3_resnet50")
+
+
+@needs_timm
+@needs_torchvision
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        ("torchvision:resnet18", {"depth": 3}, "unexpected keyword argument 'depth'"),
+        ("torchvision:resnet18", {"weights": "nope"}, "KeyError: 'nope'"),
+        ("torchvision:resnet18", {"width_per_group": 1e30}, ""),
+        ("timm:resnet18", {"checkpoint_path": "/etc/passwd"}, ""),
+        ("timm:resnet18", {"checkpoint_path": "/nope"}, "FileNotFoundError; the file or the network that it asks for"),
+    ],
+)
+def test_arguments_that_a_library_refuses_in_its_own_way_are_one_line(name, arguments, said):
+    with pytest.raises(ConfigurationError) as caught:
+        zoo.build(name, **arguments)
+    assert str(caught.value).startswith(f"zoo: '{name}' cannot be built with {arguments}: ")
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 @needs_timm

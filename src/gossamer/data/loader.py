@@ -94,6 +94,12 @@ class BatchLoader:
         whole, rest = divmod(len(self.split), self.batch_size)
         return whole + bool(rest and not self.drop_last)
 
+    @property
+    def smallest(self) -> int:
+        """Images in the smallest batch that any process gets."""
+        rest = 0 if self.drop_last else len(self.split) % self.batch_size
+        return (rest or self.batch_size) // self.world_size
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Give the batches of one epoch, or after `load_state_dict` those that are left of it.
 

@@ -47,7 +47,7 @@ def build_torchvision(name: str, arguments: dict[str, Any]) -> nn.Module:
     except ModuleNotFoundError as error:
         raise _missing("torchvision", name) from error
     models = importlib.import_module("torchvision.models")
-    known = models.list_models()
+    known = models.list_models(module=models)  # those that classify
     if name not in known:
         raise unknown(f"torchvision:{name}", (f"torchvision:{other}" for other in known))
     model: nn.Module = models.get_model(name, **arguments)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from gossamer.errors import ConfigurationError
+from gossamer.errors import ConfigurationError, reason
 from gossamer.zoo._vision import build_timm, build_torchvision, unknown
 from gossamer.zoo.cifar_resnet import cifar_resnet
 from gossamer.zoo.cifar_wrn import cifar_wrn
@@ -52,8 +52,11 @@ def build(name: str, **kwargs: Any) -> nn.Module:
             )
         try:
             return _LIBRARIES[library](model, kwargs)
-        except TypeError as error:
-            raise ConfigurationError(f"zoo: {name!r} does not take the arguments {kwargs}: {error}") from error
+        except ConfigurationError:
+            raise
+        except Exception as error:  # whatever a library makes of arguments that it was not written for
+            hint = "; the file or the network that it asks for is not there" if isinstance(error, OSError) else ""
+            raise ConfigurationError(f"zoo: {name!r} cannot be built with {kwargs}: {reason(error)}{hint}") from error
     if name not in _OWN:
         raise unknown(name, [*names(), "torchvision:resnet18", "timm:resnet18"])
     allowed = list(inspect.signature(_OWN[name]).parameters)
