@@ -26,10 +26,15 @@ types: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "make: no '$(PYTHON)' found; install Python 3.11 or newer, or name one: make demo PYTHON=/path/to/python3"; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: '$(PYTHON)' is `$(PYTHON) --version`; gossamer needs 3.11 or newer: make demo PYTHON=/path/to/python3"; exit 1; }
-	@test -x $(BIN)/python || { echo "Making the environment in $(VENV) ..."; $(PYTHON) -m venv $(VENV) || { echo "make: Python cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv"; rm -rf $(VENV); exit 1; }; }
+	@case "`$(PYTHON) -c 'import sys; print(sys.version_info >= (3, 11))' 2>/dev/null`" in \
+	  True) ;; \
+	  False) echo "make: '$(PYTHON)' is `$(PYTHON) --version`; gossamer needs 3.11 or newer: make demo PYTHON=/path/to/python3"; exit 1;; \
+	  *) echo "make: '$(PYTHON)' is no Python; name one of 3.11 or newer: make demo PYTHON=/path/to/python3"; exit 1;; \
+	esac
+	@# Without pip the making was interrupted, or the Python behind it is gone: begin anew.
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "Making the environment in $(VENV) ..."; $(PYTHON) -m venv --clear $(VENV) || { echo "make: Python cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv"; rm -rf $(VENV); exit 1; }; }
 	@echo "Installing gossamer and what it needs (torch is large; a minute or more) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,plots]' 2>$(VENV)/pip.log \
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,plots,vision]' 2>$(VENV)/pip.log \
 	  || { cat $(VENV)/pip.log; echo; echo "make: the installation failed (above). Without a network, pip cannot reach the package index: connect, or point pip at a mirror (PIP_INDEX_URL), and run make again."; exit 1; }
 	@touch $@
 

@@ -78,5 +78,6 @@ def unknown(name: str, known: Iterable[str]) -> ConfigurationError:
 
 def _missing(package: str, name: str) -> ConfigurationError:
     return ConfigurationError(
-        f"zoo: '{package}:{name}' needs the package {package}; install it with: pip install 'gossamer[vision]'"
+        f"zoo: '{package}:{name}' needs the package {package}; install it with: pip install 'gossamer[vision]' "
+        "(in a clone: pip install -e '.[vision]')"
     )
