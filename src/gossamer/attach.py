@@ -48,7 +48,7 @@ def attach(
         optimizer: As for `Sparsity.follow`, where nothing wraps the model. `"auto"` follows the first optimizer that
             steps with these weights, for training loops that make it themselves.
         masks: Where masks start: `None`, as each method says; `"zeros"`, the zeros the model has (sparse
-            fine-tuning); or a mapping parameter name → mask, nonzero where active, in the weight's shape.
+            fine-tuning); or a mapping parameter name → mask, True or 1 where active, in the weight's shape.
         second_moment: Where Adam's second moment starts for newly active weights: `"zero"` as for a fresh
             parameter, or `"mean"`, the mean over the active weights of the tensor.
 
@@ -62,18 +62,25 @@ def attach(
     if second_moment not in optimizers.SECOND_MOMENTS:
         raise ConfigurationError(f"second_moment: got {second_moment!r}; allowed are 'zero' and 'mean'")
     guard.check_unwrapped(model)
-    bound = [copy.deepcopy(method) for method in (methods if isinstance(methods, Sequence) else [methods])]
+    given = [methods] if isinstance(methods, Method) else methods
+    if not isinstance(given, Sequence) or not all(isinstance(method, Method) for method in given):
+        raise ConfigurationError(
+            f"methods: expected methods such as gossamer.SET(...), or a list of them, got {methods!r}"
+        )
+    bound = [copy.deepcopy(method) for method in given]
+    _check_masks(masks)
     for method in bound:
-        if not isinstance(method, Method):
-            raise ConfigurationError(f"methods: expected methods such as gossamer.SET(...), got {method!r}")
         method.bind(model, masks)
     _check_claims(bound)
     if isinstance(masks, Mapping):
         names = [target.name for method in bound for target in method.claims()]
         if unknown := sorted(set(masks) - set(names)):
-            raise ConfigurationError(f"masks: {unknown[0]!r} is no target" + closest(unknown[0], names))
+            raise ConfigurationError(
+                f"masks: {unknown[0]!r} is no target; leave it out of masks, or choose it" + closest(unknown[0], names)
+            )
     automatic = isinstance(optimizer, str) and optimizer == "auto"
     followed = [] if optimizer is None or automatic else _check_follow(bound, optimizer)
+    guard.check_unfollowed(None, followed)
     with torch.no_grad():
         for method in bound:
             method.install()
@@ -255,6 +262,8 @@ class Sparsity:
         Raises:
             ConfigurationError: A masked weight is missing in the copy, or has another shape.
         """
+        if not isinstance(copy, nn.Module):
+            raise ConfigurationError(f"project: expected a module, a copy of the model, got {type(copy).__name__}")
         found = {plain_name(name): parameter for name, parameter in copy.named_parameters(remove_duplicate=False)}
         pairs = []
         for tensor in self._hooks.tensors():
@@ -334,6 +343,26 @@ class Sparsity:
     def _require_attached(self) -> None:
         if not self._hooks.attached:
             raise OrderError("this handle was detached or finalized; attach the model again to go on")
+
+
+def _check_masks(masks: object) -> None:
+    """Raise unless masks are None, a text, or tensors of zeros and ones by parameter name."""
+    if masks is None or isinstance(masks, str):
+        return
+    if not isinstance(masks, Mapping):
+        raise ConfigurationError(
+            f"masks: expected None, 'zeros' or a mapping of parameter names to masks, got {type(masks).__name__}"
+        )
+    for name, mask in masks.items():
+        if not isinstance(name, str) or not isinstance(mask, Tensor):
+            raise ConfigurationError(
+                f"masks: expected tensors by parameter name, got {type(mask).__name__} for {name!r}"
+            )
+        if mask.layout is not torch.strided or mask.device.type == "meta" or not ((mask == 0) | (mask == 1)).all():
+            raise ConfigurationError(
+                f"masks: the mask of {name} ({mask.dtype}, {mask.device}) must be a dense tensor of True and False, "
+                "or of 1 where active and 0 elsewhere"
+            )
 
 
 def _check_claims(methods: Sequence[Method]) -> None:

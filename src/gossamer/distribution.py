@@ -227,6 +227,8 @@ def _erdos_renyi(shape: Sequence[int], kernel: bool) -> Fraction:
 
 
 def _explicit(distribution: Mapping[str, float], shares: Sequence[Share]) -> list[int]:
+    if wrong := [key for key in distribution if not isinstance(key, str)]:
+        raise ConfigurationError(f"distribution: expected globs over parameter names, got {wrong[0]!r}")
     counts = []
     used = set()
     for share in shares:

@@ -117,7 +117,8 @@ def divide(targets: Sequence[Target], structure: Structure) -> list[Groups]:
     found = []
     for target in targets:
         shape = target.parameter.shape
-        structure.validate(target.name, shape, target.input_dim)
+        convolution_groups = getattr(target.places[0][0], "groups", 1)
+        structure.validate(target.name, shape, target.input_dim, convolution_groups)
         tensor = MaskedTensor(target, str(structure), structure.row_multiple(shape, target.input_dim))
         found.append(Groups(tensor, structure))
     return found
@@ -322,9 +323,14 @@ def _order_of_ties(groups: Sequence[Groups], ties: Sequence[int], together: bool
     return before
 
 
-def _checked(values: Tensor, tensor: MaskedTensor, index: Tensor | None) -> Tensor:
+def _checked(values: object, tensor: MaskedTensor, index: Tensor | None) -> Tensor:
     """Check a score's shape, and copy it where it shares memory with the weight or its gradient: rankings overwrite."""
     expected = tensor.mask.shape if index is None else index.shape
+    if not isinstance(values, Tensor) or not values.is_floating_point():
+        kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
+        raise ConfigurationError(
+            f"{tensor.name}: its score is a {kind}; a score returns a tensor of floating-point numbers"
+        )
     if values.shape != expected:
         raise ConfigurationError(
             f"{tensor.name}: its score has shape {tuple(values.shape)}, expected {tuple(expected)}: one for each "
@@ -332,4 +338,5 @@ def _checked(values: Tensor, tensor: MaskedTensor, index: Tensor | None) -> Tens
         )
     sources = [each for each in (tensor.parameter, tensor.parameter.grad) if each is not None]
     shared = {local(each).untyped_storage().data_ptr() for each in sources}
-    return values.clone() if values.untyped_storage().data_ptr() in shared else values
+    overlaps = any(stride == 0 and size > 1 for stride, size in zip(values.stride(), values.shape, strict=True))
+    return values.clone() if overlaps or values.untyped_storage().data_ptr() in shared else values

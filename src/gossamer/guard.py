@@ -75,7 +75,7 @@ def check_unclaimed(parameters: Iterable[nn.Parameter]) -> None:
         )
 
 
-def check_unfollowed(keeper: Keeper, found: Sequence[optim.Optimizer]) -> None:
+def check_unfollowed(keeper: Keeper | None, found: Sequence[optim.Optimizer]) -> None:
     """Raise an OrderError where one of these optimizers keeps the masks of another handle."""
     for other in _live:
         if other is not keeper and any(each is mine for each in other.optimizers for mine in found):

@@ -72,6 +72,10 @@ class StepHooks:
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
             optimizer.defaults = guard.FollowedDefaults(optimizer.defaults)
+        for tensor in self.tensors():
+            holder, _ = self._holder(tensor)
+            if holder is not None and not optimizers.is_elementwise(holder):
+                optimizers.forget_pruned(tensor, holder.state.get(tensor.parameter, {}))
         self.attached = True
         guard.watch(self)
 

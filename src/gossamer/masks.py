@@ -219,7 +219,9 @@ def pack(mask: Tensor) -> Tensor:
 
 def is_packed(value: object, shape: Sequence[int]) -> bool:
     """Whether this can be a packed mask of a whole weight of this shape."""
-    return isinstance(value, Tensor) and tuple(value.shape) == packed_shape(shape) and value.dtype == torch.uint8
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.device.type == "meta":
+        return False
+    return tuple(value.shape) == packed_shape(shape) and value.dtype == torch.uint8
 
 
 def packed_shape(shape: Sequence[int]) -> tuple[int, int]:

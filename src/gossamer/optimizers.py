@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -100,24 +100,34 @@ def refresh(
         second_moment: `"zero"`, or `"mean"`: Adam's second moment starts at the mean over the weights that were
             active before, since an old step count makes a start at zero several learning rates long.
     """
+    if mixes:
+        forget_pruned(tensor, state)
     kept = begun.bitwise_not()
-    for key, value in state.items():
-        if (
-            key in FACTORED
-            or not isinstance(value, Tensor)
-            or value.shape != tensor.parameter.shape
-            or not value.is_floating_point()
-        ):
-            continue
-        part = local(value)
-        if mixes:
-            enforce(part, tensor.mask)
+    for key, part in _weightwise(tensor, state):
         if key == "exp_avg_sq" and second_moment == "mean":
             part.copy_(torch.where(begun != 0, _active_mean(tensor, part, kept), part))
         elif FRESH.get(key) in group:
             part.masked_fill_(begun != 0, group[FRESH[key]])
         else:
             enforce(part, kept)
+
+
+def forget_pruned(tensor: MaskedTensor, state: Mapping[str, Any]) -> None:
+    """Zero the state of pruned weights, for optimizers where it would move active ones."""
+    for _, part in _weightwise(tensor, state):
+        enforce(part, tensor.mask)
+
+
+def _weightwise(tensor: MaskedTensor, state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The state tensors that hold one number a weight, as far as they are on this rank."""
+    for key, value in state.items():
+        if (
+            key not in FACTORED
+            and isinstance(value, Tensor)
+            and value.shape == tensor.parameter.shape
+            and value.is_floating_point()
+        ):
+            yield key, local(value)
 
 
 def _active_mean(tensor: MaskedTensor, values: Tensor, kept: Tensor) -> Tensor:

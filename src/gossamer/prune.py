@@ -79,11 +79,13 @@ def import_torch_masks(model: nn.Module) -> dict[str, Tensor]:
     it was masked, in the order of the model's modules.
 
     Returns:
-        Masks by parameter name, bool, True where active.
+        Masks by parameter name, bool, True where active; of pruned biases too, which `attach` does not take.
 
     Raises:
         ConfigurationError: No module is pruned so.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     masks = {}
     for prefix, module in model.named_modules():
         for name in [key.removesuffix("_mask") for key in module._buffers if key.endswith("_mask")]:

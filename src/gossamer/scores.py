@@ -120,7 +120,7 @@ def as_score(score: str | Score) -> Score:
     """
     if callable(score):
         return score
-    if score not in SCORES:
+    if not isinstance(score, str) or score not in SCORES:
         raise ConfigurationError(
             f"score: got {score!r}; allowed are {', '.join(map(repr, SCORES))}, or a function of a View"
             + closest(str(score), SCORES)

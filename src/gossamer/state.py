@@ -10,6 +10,7 @@ from torch import Tensor
 from gossamer.errors import StateError
 from gossamer.masks import count_active, enforce, is_packed, packed_shape, unpack_like
 from gossamer.method import Method
+from gossamer.optimizers import SECOND_MOMENTS
 from gossamer.targets import local, plain_name
 
 FORMAT = 1
@@ -50,15 +51,19 @@ def save(methods: Sequence[Method], step: int, frozen: bool, second_moment: str)
 
 def check(methods: Sequence[Method], state: Mapping[str, Any]) -> None:
     """Raise a StateError, naming what differs, unless `restore` can take this state; change nothing."""
-    if not isinstance(state, Mapping) or state.get("format") != FORMAT:
-        found = state.get("format") if isinstance(state, Mapping) else type(state).__name__
+    if not isinstance(state, Mapping) or type(state.get("format")) is not int or state["format"] != FORMAT:
+        found = _brief(state.get("format") if isinstance(state, Mapping) else type(state).__name__)
         raise StateError(
-            f"sparsity state: format {found!r}, this version of gossamer reads {FORMAT}; it is a state of another "
+            f"sparsity state: format {found}, this version of gossamer reads {FORMAT}; it is a state of another "
             "version, or not one that Sparsity.state_dict() made"
         )
     for key, kind in _KEYS.items():
         if not isinstance(state.get(key), kind):
             raise StateError(f"sparsity state: {key!r} is {_brief(state.get(key))}, expected {kind.__name__}")
+    if unknown := [key for part in ("masks", "shapes") for key in state[part] if not isinstance(key, str)]:
+        raise StateError(f"sparsity state: masks are by parameter name, got {_brief(unknown[0])}; the file is damaged")
+    if state["second_moment"] not in SECOND_MOMENTS:
+        raise StateError(f"sparsity state: 'second_moment' is {_brief(state['second_moment'])}; the file is damaged")
     if state["step"] < 0:
         raise StateError(f"sparsity state: 'step' is {state['step']}, expected a number of steps; the file is damaged")
     for each in state["methods"]:
@@ -73,7 +78,7 @@ def check(methods: Sequence[Method], state: Mapping[str, Any]) -> None:
     for method, each in zip(methods, state["methods"], strict=True):
         for key, value in method.config().items():
             there = each["config"].get(key)
-            if _comparable(there) != _comparable(value):
+            if repr(_comparable(there)) != repr(_comparable(value)):
                 raise StateError(
                     f"sparsity state: {method.name} was saved with {key}={_brief(there)}, attached is {_brief(value)}; "
                     "attach with the arguments it was saved with"
@@ -90,7 +95,7 @@ def differences(methods: Sequence[Method], saved: Mapping[str, Any], second_mome
         f"{method.name}: saved with {key}={_brief(each['settings'].get(key))}, goes on with {_brief(value)}"
         for method, each in zip(methods, saved["methods"], strict=True)
         for key, value in method.settings().items()
-        if each["settings"].get(key) != value
+        if repr(each["settings"].get(key)) != repr(value)
     ]
     if saved["second_moment"] != second_moment:
         lines.append(f"attach: saved with second_moment={saved['second_moment']!r}, goes on with {second_moment!r}")

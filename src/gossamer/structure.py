@@ -40,8 +40,11 @@ class Structure(ABC):
         """A shard of the weight must begin and end at a multiple of so many rows."""
         return 1
 
-    def validate(self, name: str, shape: Sequence[int], input_dim: int) -> None:
-        """Raise a ConfigurationError, naming the layer, where a weight of this shape cannot be divided so."""
+    def validate(self, name: str, shape: Sequence[int], input_dim: int, convolution_groups: int = 1) -> None:
+        """Raise a ConfigurationError, naming the layer, where a weight of this shape cannot be divided so.
+
+        In a transposed convolution the inputs of its several groups follow each other along dimension 0.
+        """
 
     @abstractmethod
     def reduce(self, scores: Tensor, input_dim: int, p: float | None = 2.0) -> Tensor:
@@ -84,7 +87,7 @@ class NM(Structure):
     m: int
 
     def __post_init__(self) -> None:
-        if not 0 < self.n < self.m:
+        if not all(type(each) is int for each in (self.n, self.m)) or not 0 < self.n < self.m:
             raise ConfigurationError(f"structure {self}: expected N:M with 0 < N < M, such as '2:4'")
         object.__setattr__(self, "cell", (self.n, self.m))
 
@@ -92,12 +95,14 @@ class NM(Structure):
         """See `Structure.row_multiple`."""
         return self.m if input_dim == 0 else 1
 
-    def validate(self, name: str, shape: Sequence[int], input_dim: int) -> None:
+    def validate(self, name: str, shape: Sequence[int], input_dim: int, convolution_groups: int = 1) -> None:
         """See `Structure.validate`."""
-        if shape[input_dim] % self.m:
+        inputs = _inputs(shape, input_dim, convolution_groups)
+        if inputs % self.m:
             raise ConfigurationError(
                 f"{name}: {self} needs a number of inputs that {self.m} divides, but shape {tuple(shape)} has "
-                f"{shape[input_dim]} along dimension {input_dim}; exclude this weight with targets=['!{name}']"
+                f"{inputs} along dimension {input_dim}{_each(convolution_groups)}; exclude this weight with "
+                f"targets=['!{name}']"
             )
 
     def reduce(self, scores: Tensor, input_dim: int, p: float | None = 2.0) -> Tensor:
@@ -132,7 +137,7 @@ class Block(Structure):
     columns: int
 
     def __post_init__(self) -> None:
-        if self.rows < 1 or self.columns < 1:
+        if not all(type(each) is int and each >= 1 for each in (self.rows, self.columns)):
             raise ConfigurationError(f"structure {self}: expected at least one row and one column, as in 'block:4x1'")
 
     def size(self, shape: Sequence[int], input_dim: int) -> int:
@@ -143,13 +148,14 @@ class Block(Structure):
         """See `Structure.row_multiple`."""
         return self.columns if input_dim == 0 else self.rows
 
-    def validate(self, name: str, shape: Sequence[int], input_dim: int) -> None:
+    def validate(self, name: str, shape: Sequence[int], input_dim: int, convolution_groups: int = 1) -> None:
         """See `Structure.validate`."""
-        outputs, inputs = shape[1 - input_dim], shape[input_dim]
+        outputs, inputs = shape[1 - input_dim], _inputs(shape, input_dim, convolution_groups)
         if outputs % self.rows or inputs % self.columns:
             raise ConfigurationError(
                 f"{name}: {self} needs outputs that {self.rows} and inputs that {self.columns} divides, but shape "
-                f"{tuple(shape)} has {outputs} outputs and {inputs} inputs; choose a block that divides both, or "
+                f"{tuple(shape)} has {outputs} outputs and {inputs} inputs"
+                f"{_each(convolution_groups)}; choose a block that divides both, or "
                 f"exclude this weight with targets=['!{name}']"
             )
 
@@ -182,6 +188,14 @@ class Block(Structure):
 
     def __str__(self) -> str:
         return f"block:{self.rows}x{self.columns}"
+
+
+def _inputs(shape: Sequence[int], input_dim: int, convolution_groups: int) -> int:
+    return shape[input_dim] // (convolution_groups if input_dim == 0 else 1)
+
+
+def _each(convolution_groups: int) -> str:
+    return "" if convolution_groups == 1 else f" in each of {convolution_groups} groups"
 
 
 def as_structure(structure: str | Structure) -> Structure:

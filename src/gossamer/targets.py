@@ -185,8 +185,13 @@ def _choose(found: list[tuple[Target, list[nn.Module]]], eligible: set[str], sel
                 )
             chosen |= hits
             only_exclusions = False
-        elif callable(part):
-            hits = {t.name for t, _ in found if part(t.name, t.places[0][0], t.parameter)}  # type: ignore[call-arg] # not a type
+        elif callable(part) and not isinstance(part, nn.Module | type):
+            try:
+                hits = {t.name for t, _ in found if part(t.name, t.places[0][0], t.parameter)}
+            except TypeError as error:
+                raise ConfigurationError(
+                    f"targets: the predicate {part!r} failed ({error}); it takes a name, a module and a parameter"
+                ) from error
             if not hits:
                 raise ConfigurationError(f"targets: the predicate {part!r} holds for no parameter of the model")
             chosen |= hits

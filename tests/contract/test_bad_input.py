@@ -161,6 +161,54 @@ BAD_ATTACH: dict[str, tuple[Callable[[], Any], dict[str, Any], type[Exception], 
         lambda: gs.SET(0.9, structure="2:4", **GOOD), {}, gs.ConfigurationError,
         [r"sparsity=0\.9 disagrees with structure 2:4", r"leave sparsity out"],
     ),
+    "methods that cannot be listed": (
+        lambda: (each for each in [gs.SET(0.5, **GOOD)]), {}, gs.ConfigurationError, [r"methods: expected methods"],
+    ),
+    "masks that are a number": (
+        lambda: gs.SET(**GOOD), {"masks": 5}, gs.ConfigurationError, [r"masks: expected None, 'zeros' or a mapping"],
+    ),
+    "a mask that is a list": (
+        lambda: gs.SET(**GOOD), {"masks": {"good.weight": [1, 0]}}, gs.ConfigurationError,
+        [r"masks: expected tensors by parameter name, got list for 'good\.weight'"],
+    ),
+    "a mask without a name": (
+        lambda: gs.SET(**GOOD), {"masks": {0: torch.ones(8, 8)}}, gs.ConfigurationError,
+        [r"masks: expected tensors by parameter name, got Tensor for 0"],
+    ),
+    "a mask of halves": (
+        lambda: gs.SET(**GOOD), {"masks": {"good.weight": torch.full((8, 8), 0.5)}}, gs.ConfigurationError,
+        [r"the mask of good\.weight .*must be a dense tensor of True and False"],
+    ),
+    "a mask of NaN": (
+        lambda: gs.SET(**GOOD), {"masks": {"good.weight": torch.full((8, 8), torch.nan)}}, gs.ConfigurationError,
+        [r"the mask of good\.weight .*must be a dense tensor"],
+    ),
+    "a mask on the meta device": (
+        lambda: gs.SET(**GOOD), {"masks": {"good.weight": torch.ones(8, 8, device="meta")}}, gs.ConfigurationError,
+        [r"the mask of good\.weight .*must be a dense tensor"],
+    ),
+    "a distribution over numbers": (
+        lambda: gs.SET(distribution={5: 0.5}, **GOOD), {}, gs.ConfigurationError,
+        [r"distribution: expected globs over parameter names, got 5"],
+    ),
+    "a module as target": (
+        lambda: gs.SET(0.5, targets=nn.Linear(2, 2)), {}, gs.ConfigurationError, [r"targets: expected globs"],
+    ),
+    "a class of tensors as target": (
+        lambda: gs.SET(0.5, targets=torch.Tensor), {}, gs.ConfigurationError, [r"targets: expected globs"],
+    ),
+    "a predicate of one argument": (
+        lambda: gs.SET(0.5, targets=lambda name: True), {}, gs.ConfigurationError,
+        [r"targets: the predicate .* failed .*; it takes a name, a module and a parameter"],
+    ),
+    "pruning more than is active": (
+        lambda: gs.DSR(0.5, prune_count=32, **GOOD), {}, gs.ConfigurationError,
+        [r"prune_count: got 32, but only 32 weights are active; choose a tenth"],
+    ),
+    "a global ranking that leaves less than one weight a tensor": (
+        lambda: gs.GMP(0.99, end=5, distribution="global", targets=["good.weight", "odd.weight"]), {},
+        gs.ConfigurationError, [r"fewer than one group for each of the 2 tensors; choose a lower sparsity"],
+    ),
     "no sparsity": (lambda: gs.SET(**GOOD), {}, gs.ConfigurationError, [r"SET: no sparsity; give it \(in \[0, 1\)\)"]),
     "an unknown distribution": (
         lambda: gs.SET(0.5, distribution="erc", **GOOD), {}, gs.ConfigurationError,
@@ -194,7 +242,7 @@ BAD_ATTACH: dict[str, tuple[Callable[[], Any], dict[str, Any], type[Exception], 
         [r"good\.weight: belongs to both SET\(sparsity=0\.5.* and DSR\(sparsity=0\.75", r"that do not overlap"],
     ),
     "what is no method": (
-        lambda: ["set"], {}, gs.ConfigurationError, [r"methods: expected methods such as gossamer\.SET.*got 'set'"],
+        lambda: ["set"], {}, gs.ConfigurationError, [r"methods: expected methods such as gossamer\.SET.*got \['set'\]"],
     ),
     "a class instead of a method": (
         lambda: gs.SET, {}, gs.ConfigurationError, [r"methods: expected methods such as gossamer\.SET"],
@@ -217,7 +265,7 @@ BAD_ATTACH: dict[str, tuple[Callable[[], Any], dict[str, Any], type[Exception], 
     ),
     "masks of no target": (
         lambda: gs.SET(**GOOD), {"masks": {"good.weight": torch.ones(8, 8), "god.weight": torch.ones(8, 8)}},
-        gs.ConfigurationError, [r"masks: 'god\.weight' is no target; did you mean 'good\.weight'\?"],
+        gs.ConfigurationError, [r"masks: 'god\.weight' is no target; leave it out.*; did you mean 'good\.weight'\?"],
     ),
     "an empty mask": (
         lambda: gs.SET(**GOOD), {"masks": {"good.weight": torch.zeros(8, 8)}}, gs.ConfigurationError,
@@ -458,3 +506,58 @@ def test_pruning_in_one_shot_refuses_and_changes_nothing(options: dict[str, Any]
     with pytest.raises(gs.ConfigurationError, match=message):
         gs.prune(model, **options)
     assert snapshot(model.state_dict()) == snapshot(before)
+
+
+def test_a_second_handle_on_one_optimizer_is_refused_before_anything_is_pruned() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    first = gs.attach(model, gs.SET(0.5, targets="0.*"), optimizer)
+    before = snapshot(model.state_dict())
+    with pytest.raises(gs.OrderError, match="attach all methods at once"):
+        gs.attach(model, gs.SET(0.5, targets="1.*"), optimizer)
+    assert snapshot(model.state_dict()) == before
+    for _ in range(2):
+        model(torch.ones(2, 8)).sum().backward()
+        optimizer.step()
+    first.finalize()
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (lambda view: view.weight > 0, "torch.bool"),
+        (lambda view: view.weight.long(), "torch.int64"),
+        (lambda view: 1.0, "float"),
+        (lambda view: view.weight.to(torch.complex64), "torch.complex64"),
+    ],
+)
+def test_a_score_of_another_kind_is_refused(value: Any, kind: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(gs.ConfigurationError, match=rf"0\.weight: its score is a {kind}; a score returns a tensor of"):
+        gs.prune(model, 0.5, score=value)
+
+
+def test_a_score_that_is_one_number_for_all_is_taken() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    summary = gs.prune(model, 0.5, score=lambda view: torch.ones(()).expand(view.weight.shape))
+    assert summary.totals["targets_active"] == 32
+
+
+@pytest.mark.parametrize("thing", [None, "model", 5])
+def test_what_is_no_module_is_refused(thing: Any) -> None:
+    sparsity = gs.attach(nn.Sequential(nn.Linear(8, 8)), gs.Static(0.5))
+    for call in (gs.import_torch_masks, sparsity.project, lambda each: gs.prune(each, 0.5)):
+        with pytest.raises(gs.ConfigurationError, match=type(thing).__name__):
+            call(thing)
+
+
+@pytest.mark.parametrize(("structure", "divides"), [("2:4", False), ("1:2", True), ("block:1x4", False)])
+def test_cells_and_blocks_stay_within_the_groups_of_a_transposed_convolution(structure: str, divides: bool) -> None:
+    model = nn.Sequential(nn.ConvTranspose2d(8, 16, 3, groups=4))
+    sparsity = 0.5 if structure.startswith("block") else None
+    if divides:
+        gs.attach(model, gs.Static(sparsity, structure=structure))
+    else:
+        with pytest.raises(gs.ConfigurationError, match=r"0\.weight: .* 2 (along|inputs).*in each of 4 groups"):
+            gs.attach(model, gs.Static(sparsity, structure=structure))

@@ -189,3 +189,23 @@ def test_tied_weights_are_masked_and_counted_once() -> None:
     assert sparsity.summary().totals["targets_total"] == 64
     assert sparsity.summary().totals["all_total"] == 64 + 16
     assert int(model[2].weight.count_nonzero()) <= 16
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "erk", "global"])
+@pytest.mark.parametrize("structure", ["element", "block:7x1"])
+def test_gradual_pruning_is_exact_at_every_step_of_its_ramp(distribution: str, structure: str) -> None:
+    model = nn.Sequential(*(nn.Linear(7, 7) for _ in range(12)))
+    sparsity = gs.attach(model, gs.GMP(0.8, end=20, every=1, distribution=distribution, structure=structure))
+    weights = 12 * 49
+    final = weights // 5
+    size = 1 if structure == "element" else 7
+    rowwise = []
+    for step in range(1, 21):
+        sparsity._hooks.step = step
+        sparsity.update()
+        left = (1 - step / 20) ** 3
+        asked = final // size * size + (weights - final // size * size) * left
+        rowwise.append(sum(int(mask.sum()) for mask in sparsity.masks().values()))
+        assert asked - size < rowwise[-1] <= asked + 1e-6
+        assert rowwise[-1] % size == 0
+    assert rowwise == sorted(rowwise, reverse=True)

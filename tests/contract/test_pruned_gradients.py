@@ -242,3 +242,26 @@ def test_an_optimizer_that_evaluates_its_closure_twice_counts_one_step_and_keeps
             assert not bits(weight)[~mask].any()
     assert run.sparsity.step == 5
     assert told == ([] if row.method is gs.Static else [2, 4])
+
+
+def test_momentum_from_before_the_masks_moves_no_active_weight() -> None:
+    def dense() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 8, bias=False))
+        optimizer = torch.optim.Muon(model.parameters(), lr=0.1)
+        for _ in range(3):
+            model(torch.ones(2, 8)).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model, optimizer
+
+    found = []
+    for noise in (0.0, 5.0):
+        model, optimizer = dense()
+        mask = torch.eye(8)
+        optimizer.state[model[0].weight]["momentum_buffer"] += noise * (1 - mask)
+        gs.attach(model, gs.Static(), optimizer, masks={"0.weight": mask})
+        model(torch.ones(2, 8)).square().sum().backward()
+        optimizer.step()
+        found.append(model[0].weight.detach().clone())
+    assert found[0].equal(found[1])

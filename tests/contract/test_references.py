@@ -239,7 +239,7 @@ def test_dsr_equals_the_algorithm_of_its_paper(
         }
         (update,) = run.sparsity.update()
         pruned = check_dsr_update(before, run, threshold, structure) * (4 if structure != "element" else 1)
-        intended = 0.05 * (288 + 512 + 64)
+        intended = min(0.05 * (288 + 512 + 64), run.sparsity.methods[0].budget / 2)
         if pruned > 1.1 * intended:
             threshold /= 2
         elif pruned < 0.9 * intended:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -291,6 +292,22 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         edited(lambda s: s["methods"][0]["state"].update(generator=s["methods"][0]["state"]["generator"].long())),
         r"random state",
     ),
+    "generator garbage": (
+        edited(lambda s: s["methods"][0]["state"]["generator"].fill_(255)),
+        r"random state is damaged",
+    ),
+    "generator on meta": (
+        edited(lambda s: s["methods"][0]["state"].update(generator=s["methods"][0]["state"]["generator"].to("meta"))),
+        r"random state",
+    ),
+    "format a tensor": (edited(lambda s: s.update(format=torch.ones(2))), r"format tensor"),
+    "a mask without a name": (edited(lambda s: s["masks"].update({5: s["masks"]["head.weight"]})), r"got 5"),
+    "mask on meta": (
+        edited(lambda s: s["masks"].update({"head.weight": s["masks"]["head.weight"].to("meta")})),
+        r"head\.weight",
+    ),
+    "an empty mask": (edited(lambda s: s["masks"]["head.weight"].zero_()), r"head\.weight: .* no active weight"),
+    "second moment": (edited(lambda s: s.update(second_moment="bogus")), r"second_moment.*bogus"),
     "budget missing": (edited(lambda s: s["methods"][0]["state"].pop("budget")), r"budget is None"),
 }
 
@@ -422,3 +439,53 @@ def test_a_run_that_goes_on_as_it_was_is_not_warned_about(
     state = start(row.make(structure)).train(5).sparsity.state_dict()
     start(row.make(structure)).sparsity.load_state_dict(state)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("structure", ["2:4", "block:4x1"])
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.id) for row in METHODS if row.method is not gs.GMP])
+def test_saved_masks_that_break_the_structure_are_refused(row: MethodRow, structure: str) -> None:
+    run = start(row.make(structure))
+    state = copy.deepcopy(run.sparsity.state_dict())
+    packed = state["masks"]["hidden.weight"]
+    flipped = packed.clone()
+    flipped[0] = packed[0].bitwise_not()
+    flipped[1] = packed[1].bitwise_not() if structure == "2:4" else packed[1]
+    if structure == "2:4":
+        flipped[0], flipped[1] = 255, 0  # the right number, in the wrong cells
+    state["masks"]["hidden.weight"] = flipped
+    before = everything(run)
+    with pytest.raises(gs.StateError, match=r"hidden\.weight: the saved mask has"):
+        run.sparsity.load_state_dict(state)
+    assert everything(run) == before
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"threshold": float("inf")},
+        {"threshold": True},
+        {"before": 5},
+        {"before": torch.ones(3)},
+        {"last_pruned": -1},
+        {"spared": 5},
+        {"spared": {}},
+    ],
+    ids=str,
+)
+def test_a_damaged_state_of_dsr_is_refused(damage: dict[str, Any]) -> None:
+    run = start(gs.DSR(0.75)).train(3)
+    state = copy.deepcopy(run.sparsity.state_dict())
+    state["methods"][0]["state"] |= damage
+    before = everything(run)
+    with pytest.raises(gs.StateError, match="dsr: the saved"):
+        run.sparsity.load_state_dict(state)
+    assert everything(run) == before
+
+
+def test_numbers_of_numpy_are_saved_as_plain_ones() -> None:
+    model = TinyNet()
+    sparsity = gs.attach(model, gs.SET(np.float64(0.75), drop_fraction=np.float64(0.25)))
+    file = io.BytesIO()
+    torch.save(sparsity.state_dict(), file)
+    file.seek(0)
+    sparsity.load_state_dict(torch.load(file, weights_only=True))

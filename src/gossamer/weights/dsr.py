@@ -44,7 +44,7 @@ class DSR(MaskMethod):
         every: Steps between updates, or a schedule such as `EpochPeriods`.
         until: Last step at which masks change.
         prune_fraction: Intended number of weights to prune at an update, as a fraction in (0, 1) of the weights
-            that `over` names.
+            that `over` names; at most half of the active ones.
         prune_count: The same as a number, instead of the fraction (the paper: 20,000 for WRN-28-2).
         threshold: First threshold `H`, of the Lp-norm of a group.
         tolerance: Tolerated relative deviation from the intended number, in [0, 1).
@@ -72,6 +72,8 @@ class DSR(MaskMethod):
         super()._check()
         self._schedule = as_schedule(self.every, until=self.until)
         check_number("prune_fraction", self.prune_fraction, 0, 1, open_high=True)
+        if self.prune_fraction == 0:
+            raise ConfigurationError("prune_fraction: expected a number above 0, got 0; for masks that stay use Static")
         if self.prune_count is not None:
             check_integer("prune_count", self.prune_count, at_least=1)
         for field in ("threshold", "gain"):
@@ -82,7 +84,7 @@ class DSR(MaskMethod):
                 f"threshold={self.threshold}, gain={self.gain}: the threshold must be above 0 and the gain "
                 "above 1, or the threshold could never adapt"
             )
-        if self.heuristic not in HEURISTICS:
+        if not isinstance(self.heuristic, str) or self.heuristic not in HEURISTICS:
             raise ConfigurationError(
                 f"heuristic: got {self.heuristic!r}; allowed are {', '.join(map(repr, HEURISTICS))}"
                 + closest(str(self.heuristic), HEURISTICS)
@@ -91,7 +93,15 @@ class DSR(MaskMethod):
     def _start(self, given: list[tuple[Tensor, int]] | None) -> list[tuple[Tensor, int]]:
         masks = super()._start(given)
         weights = self.all_parameters if self.over == "all" else sum(tensor.weights for tensor in self.tensors)
-        self.intended = self.prune_count if self.prune_count is not None else self.prune_fraction * weights
+        active = self._weights([count for _, count in masks])
+        if self.prune_count is not None and self.prune_count >= active:
+            raise ConfigurationError(
+                f"prune_count: got {self.prune_count}, but only {active} weights are active; choose a tenth of them"
+            )
+        # Above a half an update would leave little of the network, and the threshold would grow without end.
+        self.intended = (
+            self.prune_count if self.prune_count is not None else min(self.prune_fraction * weights, active / 2)
+        )
         self._pruned: list[Tensor] | None = None
         self._before = [active for _, active in masks]
         self._last_pruned = 0
@@ -197,13 +207,16 @@ class DSR(MaskMethod):
         """See `Method.check_state`."""
         super().check_state(state, masks)
         threshold = state.get("threshold")
-        if not isinstance(threshold, int | float) or not threshold > 0:
+        if not isinstance(threshold, float | int) or type(threshold) is bool or not 0 < threshold < float("inf"):
             raise StateError(
                 f"{self.name}: the saved threshold is {threshold!r}, expected a number above 0; the file is damaged"
             )
-        counts = [*(state.get("before") or [None]), state.get("last_pruned")]
-        if len(counts) != len(self.groups) + 1 or any(type(count) is not int for count in counts):
-            raise StateError(f"{self.name}: the saved counts of the last update are {counts}; the file is damaged")
+        before = state.get("before")
+        counts = [*(before if isinstance(before, list) else [None]), state.get("last_pruned")]
+        if len(counts) != len(self.groups) + 1 or any(type(count) is not int or count < 0 for count in counts):
+            raise StateError(
+                f"{self.name}: the saved counts of the last update are {before!r:.100}; the file is damaged"
+            )
         spared = state.get("spared")
         if spared is None:
             return

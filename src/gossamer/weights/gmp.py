@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
+from fractions import Fraction
+from math import ceil, floor
 from typing import Any
 
 from torch import Tensor
 
 from gossamer.checks import check_number
-from gossamer.distribution import Distribution, allocate
+from gossamer.distribution import Distribution, allocate, apportion_groups
 from gossamer.errors import ConfigurationError, StateError
 from gossamer.groups import changes
 from gossamer.method import Proposal, StateOf
@@ -63,8 +65,7 @@ class GMP(MaskMethod):
 
     def update(self, step: int, state: StateOf) -> Proposal:
         """See `Method.update`."""
-        left = cubic_ramp(step, self.begin, self.end, 1.0, 0.0)
-        counts = [final + round((first - final) * left) for first, final in zip(self._from, self._to, strict=True)]
+        counts = self._counts_at(Fraction(cubic_ramp(step, self.begin, self.end, 1.0, 0.0)))
         alive = self._alive()
         prune_to(self.groups, alive, counts, as_score(self.score), state, self.p)
         return Proposal(changes(self.groups, alive))
@@ -89,6 +90,20 @@ class GMP(MaskMethod):
                 )
         return masks
 
+    def _counts_at(self, left: Fraction) -> list[int]:
+        """Active groups where this fraction of the way is left: in all the largest number of weights not above it."""
+        wanted = [final + (first - final) * left for first, final in zip(self._from, self._to, strict=True)]
+        if len(wanted) < len(self.groups):
+            return [floor(wanted[0])]
+        if self.groups[0].cell is not None:
+            return [ceil(count) for count in wanted]
+        # What is above the end is split, so that no tensor falls below its end by rounding.
+        sizes = [groups.size for groups in self.groups]
+        above = [(count - final) * size for count, final, size in zip(wanted, self._to, sizes, strict=True)]
+        rooms = [max(0, groups.active - final) for groups, final in zip(self.groups, self._to, strict=True)]
+        shares = apportion_groups(floor(sum(above)), above, rooms, sizes)
+        return [final + share for final, share in zip(self._to, shares, strict=True)]
+
     def _counts(self, sparsity: float | None) -> list[int]:
         """Active groups of each tensor, or of all together for a global ranking."""
         active = self._active_weights(sparsity)
@@ -101,7 +116,12 @@ class GMP(MaskMethod):
                 f"distribution='global' ranks groups of one size, but those of {self.groups[0].structure} have sizes "
                 f"{sorted(sizes)}; choose 'uniform', 'er', 'erk' or an explicit mapping"
             )
-        return [active // self.groups[0].size]
+        if (most := active // self.groups[0].size) < len(self.groups):
+            raise ConfigurationError(
+                f"{active} active weights are fewer than one group for each of the {len(self.groups)} tensors; choose "
+                "a lower sparsity or fewer targets"
+            )
+        return [most]
 
     def _budget_of(self, active: list[int]) -> int:
         return self._weights(self._to) if len(self._to) == len(active) else self._to[0] * self.groups[0].size
@@ -117,7 +137,9 @@ class GMP(MaskMethod):
         """See `Method.check_state`."""
         super().check_state(state, masks)
         first = state.get("first")
-        if not isinstance(first, list) or [type(n) for n in first] != [int] * len(self._from):
+        most = sum(groups.total for groups in self.groups)
+        listed = first if isinstance(first, list) else []
+        if len(listed) != len(self._from) or any(type(n) is not int or not 0 < n <= most for n in listed):
             raise StateError(
                 f"{self.name}: the saved start of the ramp is {first!r}, expected the active groups of "
                 f"{len(self._from)} tensors; the file is damaged, or its distribution was not {self.distribution!r}"

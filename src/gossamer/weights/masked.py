@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gossamer.checks import MAX_SEED, check_integer, check_number
 from gossamer.distribution import Distribution, allocate, budget
 from gossamer.errors import ConfigurationError, StateError
-from gossamer.groups import changes, divide
+from gossamer.groups import Groups, changes, divide
 from gossamer.masks import MaskedTensor, count_active, count_over_shards
 from gossamer.method import Masks, Method
 from gossamer.structure import Structure, as_structure
@@ -126,6 +126,10 @@ class MaskMethod(Method):
         now = self.generator.get_state()
         if not isinstance(random, Tensor) or random.dtype != now.dtype or random.shape != now.shape:
             raise StateError(f"{self.name}: the saved state has no random state; it is not one of this method")
+        try:
+            torch.Generator().set_state(random.cpu())
+        except (RuntimeError, NotImplementedError) as error:
+            raise StateError(f"{self.name}: the saved random state is damaged ({error}); use an earlier file") from None
         budget = state.get("budget")
         if not isinstance(budget, int) or (self._budget_is_fixed and budget != self.budget):
             raise StateError(
@@ -133,7 +137,22 @@ class MaskMethod(Method):
                 "with the sparsity the state was saved with"
             )
         alive = [groups.collapse(masks) for groups in self.groups]
-        active = self._weights(count_over_shards(self.groups, [mask.count_nonzero() for mask in alive]))
+        counts = count_over_shards(self.groups, [mask.count_nonzero() for mask in alive])
+        active = self._weights(counts)
+        for groups, count in zip(self.groups, counts, strict=True):
+            if not count:
+                raise StateError(f"{groups.name}: the saved mask has no active weight; the file is damaged")
+        for name, count in self._torn(masks, alive).items():
+            if count:
+                raise StateError(
+                    f"{name}: the saved mask has {count} pruned weights in active groups; the file is damaged"
+                )
+        for groups, count in self._overfull(alive) if active <= budget else ():
+            if count:
+                raise StateError(
+                    f"{groups.name}: the saved mask has {count} cells with more active weights than "
+                    f"{groups.structure} allows; the file is damaged"
+                )
         if not self._admits(active, budget):
             raise StateError(
                 f"{self.name}: the saved masks have {active} active weights, their budget is {budget}; the file is "
@@ -235,12 +254,11 @@ class MaskMethod(Method):
                         "(gossamer.prune)"
                     )
         # A single zero in a living group is a value, but in a mask it is a wish.
-        for change in [] if isinstance(masks, str) else changes(self.groups, first):
-            name = change.tensor.name
-            if wrong := int((change.mask != kept[name]).count_nonzero()):
+        for name, wrong in {} if isinstance(masks, str) else self._torn(kept, first).items():
+            if wrong:
                 raise ConfigurationError(
-                    f"{name}: its mask has {wrong} pruned weights in active groups of {change.tensor.structure}; prune "
-                    "with this structure first (gossamer.prune), or use structure='element'"
+                    f"{name}: its mask has {wrong} pruned weights in active groups of {self.groups[0].structure}; "
+                    "prune with this structure first (gossamer.prune), or use structure='element'"
                 )
         return [(alive, int((alive != 0).sum())) for alive in first]
 
@@ -257,6 +275,20 @@ class MaskMethod(Method):
             raise ConfigurationError(f"masks: {tensor.name} has shape {tensor.shape}, its mask {tuple(kept.shape)}")
         return kept.to(torch.int8).neg_()
 
+    def _torn(self, masks: Mapping[str, Tensor], alive: Sequence[Tensor]) -> dict[str, int]:
+        """How many weights of each tensor are pruned in a mask though all their groups are active."""
+        whole = changes(self.groups, alive)
+        torn = [(change.mask != masks[change.tensor.name]).count_nonzero() for change in whole]
+        tensors = [change.tensor for change in whole]
+        return dict(zip([tensor.name for tensor in tensors], count_over_shards(tensors, torn), strict=True))
+
+    def _overfull(self, alive: Sequence[Tensor]) -> list[tuple[Groups, int]]:
+        """How many cells of N:M have more than N active."""
+        celled = [(each, mask, *each.cell) for each, mask in zip(self.groups, alive, strict=True) if each.cell]
+        found = [(mask.view(-1, m).sum(1) < -n).count_nonzero() for _, mask, n, m in celled]
+        groups = [each for each, *_ in celled]
+        return list(zip(groups, count_over_shards(groups, found), strict=True))
+
     def _alive(self) -> list[Tensor]:
         return [groups.alive() for groups in self.groups]
 
@@ -272,9 +304,12 @@ def _rescale(tensor: MaskedTensor) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """An argument as a JSON value."""
+    """An argument as a JSON value; NumPy's numbers, which are Python's too, as plain ones."""
     if isinstance(value, Mapping):
         return {str(key): _plain(each) for key, each in value.items()}
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or isinstance(value, bool):
         return value
+    for kind in (int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
     return getattr(value, "__qualname__", None) or repr(value)

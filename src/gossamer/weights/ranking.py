@@ -121,7 +121,7 @@ def prune_to(
         best = largest(groups, [each.clone() for each in scores], [1] * len(groups))
         for each, top in zip(scores, best, strict=True):
             each.index_fill_(0, top, torch.inf)
-        drops = max(0, sum(active) - max(counts[0], len(groups)))
+        drops = max(0, sum(active) - counts[0])
     else:
         drops = [max(0, now - wanted) for now, wanted in zip(active, counts, strict=True)]
     dropped = drop(groups, alive, index, scores, drops)
