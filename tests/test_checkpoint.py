@@ -157,6 +157,25 @@ def test_a_cut_file_is_named(tmp_path, length):
         load_tree(tmp_path / "s")
 
 
+@pytest.mark.parametrize("place", [-1, -401, -395])
+def test_a_file_in_which_one_bit_changed_is_named(tmp_path, place):
+    save_tree(tmp_path / "s", {"a": torch.ones(100), "b": 0.5})
+    content = bytearray((tmp_path / "s").read_bytes())
+    content[place] ^= 1
+    (tmp_path / "s").write_bytes(content)
+    with pytest.raises(StateError, match=r"/s: .*damaged"):
+        load_tree(tmp_path / "s")
+
+
+def test_a_plain_value_that_changed_is_found_too(tmp_path):
+    save_tree(tmp_path / "s", {"a": torch.ones(100), "epoch": 12})
+    content = (tmp_path / "s").read_bytes()
+    assert content.count(b": 12") == 1
+    (tmp_path / "s").write_bytes(content.replace(b": 12", b": 13"))
+    with pytest.raises(StateError, match=r"/s: damaged, its checksum does not fit"):
+        load_tree(tmp_path / "s")
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(StateError, match=r"/none: missing"):
         load_tree(tmp_path / "none")

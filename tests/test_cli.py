@@ -15,7 +15,8 @@ from typer.testing import CliRunner, Result
 import gossamer
 from gossamer.cli import app
 from gossamer.errors import DataError
-from gossamer.recipe import shipped
+from gossamer.recipe import load_recipe, shipped
+from gossamer.run_folder import claimed
 
 QUICK = ("epochs=2", "model.width=0.3", "data.batch_size=64")
 
@@ -118,6 +119,7 @@ def test_a_bad_recipe_is_one_line_on_standard_error_status_2_and_nothing_written
     ("arguments", "said"),
     [
         (["train"], "no recipe given; `gossamer recipes` lists"),
+        (["train", ""], "no recipe given"),
         (["train", "none.yaml"], "none.yaml: no such file"),
         (["train", "digits", "epochs"], "command line 'epochs': expected key=value"),
         (["train", "digits", "methods.0.sparsity=1.0"], "command line 'methods.0.sparsity=1.0': methods.0.sparsity"),
@@ -223,6 +225,46 @@ def test_ctrl_c_before_training_writes_nothing(monkeypatch):
     assert result.exit_code == 3
     assert result.stderr == "interrupted before training began; nothing was written\n"
     assert files() == []
+
+
+def test_ctrl_c_before_the_recipe_is_written_does_not_advise_to_resume(monkeypatch):
+    def write_text(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gossamer.run_folder.write_text", write_text)
+    result = run("train", "digits", *QUICK)
+    assert result.exit_code == 3
+    assert "--resume" not in result.stderr
+    assert files() == []
+
+
+def test_runs_that_begin_at_once_have_a_folder_each(monkeypatch):
+    recipe = load_recipe("digits")
+    with claimed(recipe) as first, claimed(recipe) as second:
+        assert (str(first), str(second)) == ("runs/digits-1", "runs/digits-2")
+        (second / "file").touch()
+    assert files() == ["runs", "runs/digits-2", "runs/digits-2/file"]
+
+
+@pytest.mark.parametrize("out", ["file/x", "n" * 300, None])
+def test_a_run_folder_that_cannot_be_made_is_one_line_that_names_the_option(out):
+    Path("file").touch()
+    if out is None:
+        Path("runs").touch()
+    before = files()
+    result = run("train", "digits", *QUICK, *(() if out is None else ("--out", out)))
+    assert result.exit_code == 2
+    assert "--out" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert files() == before
+
+
+def test_a_terminal_without_unicode_gets_the_results(monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    process = start("train", "digits", *QUICK, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    output, errors = process.communicate()
+    assert (process.returncode, errors) == (0, "")
+    assert "90?64" in output
 
 
 def test_a_complete_run_is_shown_again_on_resume():

@@ -81,7 +81,7 @@ def refusal(*changes: tuple[str, str]) -> str:
         ("every: 20", "every: often", "t.yaml:17: methods.0.every:", "got 'often'; allowed are a number of optimizer"),
         ("every: 20", "every: {0: 20}", "t.yaml:17: methods.0.every:", "periods: {0: 100"),
         ("every: 20", "every: {periods: {0: 9}, end: 2}", "t.yaml:17: methods.0.every:", "unknown key 'end'"),
-        ("every: 20", "every: {periods: {1: 9}}", "t.yaml:15: methods.0:", "from epoch 0"),
+        ("every: 20", "every: {periods: {1: 9}}", "t.yaml:17: methods.0.every:", "from epoch 0"),
         ("end: 75%", "end: 175%", "t.yaml:20: methods.1.end:", "got '175%'"),
         ("    end: 75%\n", "", "t.yaml:18: methods.1:", "gmp needs 'end'"),
         ("type: gmp", "type: gpm", "t.yaml:18: methods.1.type:", "did you mean 'gmp'?; allowed are dsr, gmp"),

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gossamer.attach import Sparsity
-from gossamer.checkpoint import load_tree
+from gossamer.checkpoint import load_tree, save_tree
 from gossamer.errors import ConfigurationError, NonFiniteError, StateError
 from gossamer.recipe import Recipe, load_recipe
 from gossamer.run_folder import RunFolder, recipe_of
@@ -273,6 +273,70 @@ def test_a_damaged_checkpoint_is_named(tmp_path, monkeypatch):
         train(small(), tmp_path / "run", progress=False, resume=True)
 
 
+def cut(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        ("metrics.jsonl", lambda content: b"garbage\n" + content, r"metrics\.jsonl:1: not a line that a run wrote"),
+        ("metrics.jsonl", lambda content: b"\xff\x00\n" + content, r"metrics\.jsonl:1: not a line that a run wrote"),
+        ("metrics.jsonl", lambda content: content + b'{"a": 1}\n', r"metrics\.jsonl:3: .*with epoch and seconds"),
+        ("metrics.jsonl", lambda content: content + b"[]\n", r"metrics\.jsonl:3: .*expected a mapping"),
+        ("metrics.jsonl", lambda content: b"", r"metrics\.jsonl: expected a line for each of the 2 epochs"),
+        ("metrics.jsonl", None, r"metrics\.jsonl: expected a line for each of the 2 epochs"),
+        ("updates.jsonl", lambda content: b"{}\n" + content, r"updates\.jsonl:1: .*expected a mapping with epoch"),
+        ("checkpoint.safetensors", lambda content: content[:-1] + b"\xff", r"checkpoint\.safetensors: damaged"),
+    ],
+)
+def test_a_damaged_file_of_a_stopped_run_is_named(tmp_path, monkeypatch, name, damage, said):
+    recipe = small("methods.0.every=7")
+    interrupted(monkeypatch, 50, lambda: train(recipe, tmp_path / "run", progress=False))
+    file = tmp_path / "run" / name
+    if damage is None:
+        file.unlink()
+    else:
+        file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(StateError, match=said):
+        train(recipe, tmp_path / "run", progress=False, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda state: [], "holds no epoch"),
+        (lambda state: {key: value for key, value in state.items() if key != "epoch"}, "holds no epoch"),
+        (lambda state: {**state, "model": {}}, "not the checkpoint of this run"),
+        (lambda state: {key: value for key, value in state.items() if key != "batches"}, r"this run \(KeyError: 'batc"),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_named(tmp_path, monkeypatch, change, said):
+    interrupted(monkeypatch, 30, lambda: train(small(), tmp_path / "run", progress=False))
+    file = tmp_path / "run" / "checkpoint.safetensors"
+    save_tree(file, change(load_tree(file)))
+    with pytest.raises(StateError, match=rf"run/checkpoint\.safetensors: .*{said}"):
+        train(small(), tmp_path / "run", progress=False, resume=True)
+
+
+@pytest.mark.parametrize("damage", [cut, lambda _: b"", lambda _: b"[]", lambda _: b"{}", lambda _: b'{"seed": 0}'])
+def test_a_damaged_result_is_named_and_made_again_once_it_is_removed(tmp_path, damage):
+    first = train(small("epochs=1"), tmp_path / "run", progress=False)
+    file = tmp_path / "run" / "summary.json"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(StateError, match=r"run/summary\.json: not the result of a run .*remove it"):
+        train(small("epochs=1"), tmp_path / "run", progress=False, resume=True)
+    file.unlink()
+    assert train(small("epochs=1"), tmp_path / "run", progress=False, resume=True).test_loss == first.test_loss
+
+
+def test_what_a_killed_process_left_is_removed_on_resume(tmp_path, monkeypatch):
+    interrupted(monkeypatch, 30, lambda: train(small(), tmp_path / "run", progress=False))
+    (tmp_path / "run" / ".checkpoint.safetensors.123.tmp").write_bytes(b"half")
+    train(small(), tmp_path / "run", progress=False, resume=True)
+    assert not list((tmp_path / "run").glob(".*"))
+
+
 def test_a_folder_in_use_is_not_written_into(tmp_path):
     (tmp_path / "mine").write_text("my thesis")
     for out in (tmp_path, tmp_path / "mine"):
@@ -396,6 +460,8 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_good_epoch(tmp_path):
     ("override", "said"),
     [
         ("methods.0.targets=layer9*", "methods.0.targets: .*'layer9\\*' matches no weight"),
+        ("data.augment={crop: 8}", "data.augment: crop=8 needs images of more than 8 pixels"),
+        ("methods.0.every={periods: {0: 0}}", "methods.0.every: .*period from epoch 0: .* at least 1, got 0"),
         ("data.name=digit", "data.name: .*did you mean 'digits'"),
         ("data.validation=1500", "data.validation: .*1500"),
         ("model.name=mnist_mpl", "model.name: .*did you mean"),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from gossamer.errors import ConfigurationError, StateError
 
-_FORMAT = "gossamer-tree-1"
+_FORMAT = "gossamer-tree-2"
+_TEMPORARY = ".tmp"
 _LAYOUTS = {"channels_last": torch.channels_last, "channels_last_3d": torch.channels_last_3d}
 
 
@@ -24,8 +26,9 @@ def save_tree(path: str | Path, tree: Any) -> None:
     """Write nested dicts, lists and tuples of tensors and plain values to one `.safetensors` file, atomically.
 
     The file opens with any safetensors reader: a tensor's name is the path of keys that leads to it, joined by "/";
-    the structure and the plain values (None, bool, int, float, str) are JSON under the metadata key `tree`. Dict keys
-    may be str, int, float, bool or None. Dtype, bits and channels-last layout are kept; devices are not.
+    the structure and the plain values (None, bool, int, float, str) are JSON under the metadata key `tree`; `sha256`
+    is the checksum of this JSON and of every tensor, in the order of their names. Dict keys may be str, int, float,
+    bool or None. Dtype, bits and channels-last layout are kept; devices are not.
 
     Args:
         path: The file, replaced as a whole: a reader sees the old one or the new one.
@@ -39,7 +42,9 @@ def save_tree(path: str | Path, tree: Any) -> None:
     layout = json.dumps(_encode(tree, (), tensors))
     with replacing(path) as temporary:
         try:
-            save_file(tensors, temporary, metadata={"format": _FORMAT, "tree": layout})
+            save_file(
+                tensors, temporary, metadata={"format": _FORMAT, "tree": layout, "sha256": _digest(layout, tensors)}
+            )
         except SafetensorError as error:
             raise OSError(f"{path}: cannot be written: {error}") from error
 
@@ -57,7 +62,10 @@ def load_tree(path: str | Path) -> Any:
                 raise StateError(
                     f"{path}: format is {metadata.get('format')!r}, expected {_FORMAT!r}; this is not a saved state"
                 )
-            return _decode(json.loads(metadata["tree"]), file)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+        if metadata["sha256"] != _digest(metadata["tree"], tensors):
+            raise StateError(f"{path}: damaged, its checksum does not fit its content; use an earlier copy")
+        return _decode(json.loads(metadata["tree"]), tensors)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         if isinstance(error, StateError):
             raise
@@ -70,11 +78,17 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def sweep(folder: Path) -> None:
+    """Remove the temporary files of a process that was killed while it wrote into a folder."""
+    for left in folder.glob(f".*{_TEMPORARY}"):
+        left.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Give a temporary file to write; on success it is flushed to the disk and renamed to `path`, else removed."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{_TEMPORARY}")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
@@ -129,16 +143,25 @@ def _encode_tensor(value: Tensor, path: tuple[str, ...], tensors: dict[str, Tens
     return {"$tensor": name}
 
 
-def _decode(value: Any, file: Any) -> Any:
+def _digest(layout: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(layout.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(value, list):
-        return [_decode(item, file) for item in value]
+        return [_decode(item, tensors) for item in value]
     if not isinstance(value, dict):
         return value
     if "$tensor" in value:
-        tensor = file.get_tensor(value["$tensor"])
+        tensor = tensors[value["$tensor"]]
         return tensor.contiguous(memory_format=_LAYOUTS[value["layout"]]) if "layout" in value else tensor
     if "$tuple" in value:
-        return tuple(_decode(item, file) for item in value["$tuple"])
+        return tuple(_decode(item, tensors) for item in value["$tuple"])
     if "$dict" in value:
-        return {key: _decode(item, file) for key, item in value["$dict"]}
-    return {key: _decode(item, file) for key, item in value.items()}
+        return {key: _decode(item, tensors) for key, item in value["$dict"]}
+    return {key: _decode(item, tensors) for key, item in value.items()}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
+import io
+import os
 import re
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +18,7 @@ from rich.table import Table
 from gossamer.console import print_results, stdout_console
 from gossamer.errors import ConfigurationError, DataError, GossamerError, NonFiniteError
 from gossamer.recipe import Recipe, load_recipe, parse_recipe, shipped
-from gossamer.run_folder import next_free, recipe_of
+from gossamer.run_folder import RECIPE, claimed, recipe_of
 from gossamer.training import Result, train_seeds
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 3
@@ -30,6 +33,8 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without "±" must not cost the end of a run
     app(prog_name="gossamer")
 
 
@@ -55,7 +60,7 @@ def train(
             if recipe or overrides or seeds or out or fallback:
                 raise ConfigurationError("--resume: goes alone, a run continues as it began")
             results, folder = _run(recipe_of(resume), resume, resume=True)
-        elif recipe is None:
+        elif not recipe:
             raise ConfigurationError("no recipe given; `gossamer recipes` lists those that come with gossamer")
         else:
             try:
@@ -82,11 +87,18 @@ def recipes() -> None:
 
 
 def _run(recipe: Recipe, out: Path | None, resume: bool = False) -> tuple[list[Result], Path]:
-    folder = out or next_free(recipe)
+    # Of several processes only the first writes; the others need no folder. Accelerate knows which only in the run.
+    first = os.environ.get("RANK", "0") == "0"
+    claim = claimed(recipe) if out is None and first else nullcontext(out or Path("runs"))
+    with claim as folder:
+        return _run_in(recipe, folder, resume), folder
+
+
+def _run_in(recipe: Recipe, folder: Path, resume: bool) -> list[Result]:
     try:
-        return train_seeds(recipe, folder, resume=resume), folder
+        return train_seeds(recipe, folder, resume=resume)
     except KeyboardInterrupt:
-        if folder.exists():
+        if (folder / RECIPE).is_file():
             typer.echo(f"interrupted; to continue: gossamer train --resume {folder}", err=True)
         else:
             typer.echo("interrupted before training began; nothing was written", err=True)
@@ -102,7 +114,7 @@ def _with_seeds(recipe: Recipe, seeds: str | None) -> Recipe:
     return recipe.with_seeds(numbers if "," in seeds else range(numbers[0]))
 
 
-@contextlib.contextmanager
+@contextmanager
 def _clear_errors() -> Iterator[None]:
     """Turn gossamer's errors, and those of the file system, into one line and an exit status."""
     try:

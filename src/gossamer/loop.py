@@ -198,7 +198,8 @@ class Run:
                 world_size=accelerator.num_processes,
             )
         except ConfigurationError as error:
-            raise self.recipe.error(("data",), error) from None
+            key = "augment" if str(error).startswith("augment: ") else "batch_size"
+            raise self.recipe.error(("data", key), error) from None
 
     def _build_model(self, dataset: data.Dataset) -> nn.Module:
         section = self.recipe.model

@@ -285,5 +285,8 @@ def _resolve(name: str, value: Any, steps: int, steps_per_epoch: int) -> Any:
             )
         if unknown := sorted(set(value) - {"periods", "until"}):
             raise ConfigurationError(f"every: unknown key {unknown[0]!r}; allowed are periods, until")
-        return EpochPeriods(**value, steps_per_epoch=steps_per_epoch)
+        try:
+            return EpochPeriods(**value, steps_per_epoch=steps_per_epoch)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"every: {error}") from None
     return value

@@ -17,9 +17,10 @@ from torch import nn
 
 from gossamer.checkpoint import write_text
 from gossamer.console import display, stdout_console
+from gossamer.errors import StateError, reason
 from gossamer.loop import Run
 from gossamer.recipe import Recipe
-from gossamer.run_folder import SUMMARY, RunFolder
+from gossamer.run_folder import CHECKPOINT, SUMMARY, RunFolder
 from gossamer.summary import Summary
 
 
@@ -91,21 +92,30 @@ def train(
     Raises:
         ConfigurationError: Something in the recipe cannot work; nothing has been written.
         DataError: The data cannot be had; nothing has been written.
-        StateError: The checkpoint is damaged or does not match the recipe.
+        StateError: A file of the run folder is damaged, or the checkpoint does not match the recipe.
         NonFiniteError: The loss became infinite or NaN; the run folder is as after the last good epoch.
     """
     seed = recipe.seeds[0] if seed is None else seed
     folder = None if out is None else RunFolder(out, recipe, seed)
     resume = resume and folder is not None and folder.path.exists()
     if folder is not None and resume and (saved := folder.summary()) is not None:
-        return Result(**(saved | {"summary": Summary(**saved["summary"])}), history=folder.metrics())
+        try:
+            return Result(**(saved | {"summary": Summary(**saved["summary"])}), history=folder.metrics())
+        except (KeyError, TypeError) as error:
+            raise folder.damaged_summary(reason(error)) from None
     with _surroundings(recipe):
         run = Run(recipe.with_seeds([seed]), seed)
         history: list[dict[str, Any]] = []
         writes = folder is not None and run.accelerator.is_main_process
         if folder is not None and resume:
             if (state := folder.restore()) is not None:
-                run.load_state_dict(state)
+                try:
+                    run.load_state_dict(state)
+                except StateError:
+                    raise
+                except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                    where = folder.path / CHECKPOINT
+                    raise StateError(f"{where}: not the checkpoint of this run ({reason(error)})") from error
             history = folder.metrics()
         elif folder is not None and writes:
             folder.create()
