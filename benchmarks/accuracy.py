@@ -49,13 +49,6 @@ MASKED: dict[str, tuple[dict[str, Any], dict[str, tuple[Any, ...]]]] = {
     "gradual pruning": ({"type": "gmp", "every": 100, "end": "75%"}, {"distribution": ("erk", "global")}),
 }
 METHODS = ("dense", "thin dense", *MASKED)
-COLORS = dict(
-    zip(
-        METHODS,
-        ("black", "tab:gray", "tab:cyan", "tab:blue", "tab:olive", "tab:orange", "tab:red", "tab:green"),
-        strict=True,
-    )
-)
 
 
 def trials(method: str) -> list[dict[str, Any]]:
@@ -223,6 +216,12 @@ def markdown(summary: dict[str, Any], command: str) -> str:
             f"| {claim['network']} | {100 * claim['sparsity']:g} % | {claim['method']} − {claim['better_static']} | "
             f"{claim['difference']:+.2f} ± {claim['standard_error']:.2f} | {verdict} |"
         )
+    collapsed = [
+        f"{row['network']} {100 * row['sparsity']:g} % {row['method']}: {count} of {len(row['tests'])}"
+        for row in summary["rows"]
+        if row["sparsity"] and (count := sum(each < 10.5 for each in row["tests"]))
+    ]
+    lines += ["", f"Runs that ended at chance (10 %): {'; '.join(collapsed) or 'none'}."]
     lines += ["", "Chosen trials:", "", "| network | sparsity | method | trial |", "|---|---|---|---|"]
     for row in summary["rows"]:
         level = "dense" if row["sparsity"] is None else f"{100 * row['sparsity']:g} %"
@@ -232,32 +231,30 @@ def markdown(summary: dict[str, Any], command: str) -> str:
 
 def plot(summary: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
+    from matplotlib.ticker import NullFormatter
 
-    figure, axes = pyplot.subplots(1, len(NETWORKS), figsize=(10, 4.2), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(1, len(NETWORKS), figsize=(10, 4.6), sharey=True, layout="constrained")
+    compared = [method for method in METHODS if method != "dense"]
     for axis, network in zip(axes, NETWORKS, strict=True):
-        rows = [row for row in summary["rows"] if row["network"] == network]
-        for place, method in enumerate(METHODS):
-            mine = [row for row in rows if row["method"] == method]
-            if method == "dense":
-                axis.axhline(mine[0]["test_mean"], color=COLORS[method], linestyle="--", label="dense")
-                continue
-            shift = (place - len(METHODS) / 2) * 0.035
-            axis.errorbar(
-                [SPARSITIES.index(row["sparsity"]) + shift for row in mine],
-                [row["test_mean"] for row in mine],
-                yerr=[2 * row["test_standard_error"] for row in mine],
-                marker="o",
-                capsize=3,
-                color=COLORS[method],
-                label=method,
-            )
-        axis.set_xticks(range(len(SPARSITIES)), [f"{100 * sparsity:g} %" for sparsity in SPARSITIES])
-        axis.set_xlabel("sparsity")
+        rows = {(row["method"], row["sparsity"]): row for row in summary["rows"] if row["network"] == network}
+        axis.axhline(100 - rows["dense", None]["test_mean"], color="black", linestyle="--", linewidth=1, label="dense")
+        for sparsity, shift, color in zip(SPARSITIES, (-0.15, 0.15), ("tab:blue", "tab:red"), strict=True):
+            for place, method in enumerate(compared):
+                errors = [100 - each for each in rows[method, sparsity]["tests"]]
+                axis.plot([place + shift] * len(errors), errors, "o", color=color, alpha=0.35, markersize=4)
+            means = [100 - rows[method, sparsity]["test_mean"] for method in compared]
+            places = [place + shift for place in range(len(compared))]
+            label = f"{100 * sparsity:g} % sparse, mean"
+            axis.plot(places, means, "_", color=color, markersize=14, markeredgewidth=2.5, label=label)
+        axis.set_yscale("log")
+        axis.set_yticks([10, 12, 15, 20, 30, 50, 90], ["10", "12", "15", "20", "30", "50", "90"])
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.set_xticks(range(len(compared)), compared, rotation=35, ha="right")
         axis.set_title(network)
         axis.grid(axis="y", alpha=0.3)
-    axes[0].set_ylabel("test accuracy, % (bars: 2 standard errors)")
-    axes[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    figure.suptitle("Fashion-MNIST, equal epochs, five seeds")
+    axes[0].set_ylabel("test error, % (log scale, a dot a seed)")
+    axes[0].legend(loc="upper right", frameon=False)
+    figure.suptitle("Fashion-MNIST, equal epochs, five seeds; 90 % is chance")
     figure.savefig(path, dpi=130)
 
 
