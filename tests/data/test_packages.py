@@ -194,3 +194,14 @@ def test_the_script_leaves_a_whole_data_set_alone_and_prints_its_folder(tmp_path
         (tmp_path / "tiny" / name).write_bytes(content)
     assert packages.main(["tiny", "--root", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"tiny: {tmp_path / 'tiny'}\n"
+
+
+def test_the_script_names_a_folder_that_cannot_be_filled_before_it_downloads(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(packages, "unpack", lambda *arguments: pytest.fail("a package was asked for"))
+    (tmp_path / "file").touch()
+    for root, said in (
+        ("~nosuchuser/x", "mnist: DATAPATH: '~nosuchuser/x' cannot be"),
+        (tmp_path / "file", "not a folder"),
+    ):
+        assert packages.main(["mnist", "--root", str(root)]) == 1
+        assert said in capsys.readouterr().err

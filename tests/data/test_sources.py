@@ -2,13 +2,16 @@
 
 import io
 import logging
+import os
+import re
 import tarfile
+import time
 
 import pytest
 
 from data import tiny
 from gossamer import ConfigurationError, DataError, data
-from gossamer.data import catalogue, mirrors, packages
+from gossamer.data import catalogue, mirrors, packages, store
 
 FILES = tiny.contents()
 
@@ -141,8 +144,48 @@ def test_packages_are_asked_for_what_the_servers_did_not_give(tmp_path, install_
 def test_a_folder_that_cannot_be_written_is_a_data_error(tmp_path, install_entry):
     install_entry(tiny.entry(FILES, mirrors=(tiny.serve(FILES, tmp_path / "server"),)))
     (tmp_path / "root").write_text("a file, not a folder")
-    with pytest.raises(DataError, match=r"root/tiny.*(Not a directory|cannot)"):
+    with pytest.raises(DataError, match=r"root/tiny: cannot be made, .*/root is not a folder; set DATAPATH"):
         data.fetch("tiny", tmp_path / "root")
+
+
+@pytest.mark.parametrize("fault", ["file", "below a file", "read-only", "too long"])
+def test_no_server_is_asked_for_what_could_not_be_written(served, monkeypatch, fault):
+    monkeypatch.setattr(mirrors, "_open", lambda address: pytest.fail("a server was asked"))
+    root = {"below a file": served / "below", "too long": served / ("n" * 300)}.get(fault, served)
+    if "file" in fault:
+        served.touch()
+    if fault == "too long":
+        served.mkdir()
+    if fault == "read-only":
+        monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(DataError, match="set DATAPATH to"):
+        data.fetch("tiny", root)
+
+
+def test_whole_data_in_a_folder_that_cannot_be_written_are_good(served, monkeypatch):
+    data.fetch("tiny", served)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert len(data.load("tiny", served).test) == 20
+
+
+def test_partial_files_that_a_killed_process_left_are_removed_and_those_that_grow_are_not(served):
+    data.fetch("tiny", served)
+    for name, age in ((".old.part", 2 * store.STALE), (".new.part", 0)):
+        (served / "tiny" / name).touch()
+        os.utime(served / "tiny" / name, times=(time.time() - age,) * 2)
+    data.fetch("tiny", served)
+    assert [path.name for path in (served / "tiny").glob(".*")] == [".new.part"]
+
+
+def test_damage_is_logged_once_and_told_with_short_checksums(served, install_entry, caplog):
+    data.fetch("tiny", served)
+    install_entry(tiny.entry(FILES))
+    victim = served / "tiny/train-images-idx3-ubyte"
+    victim.write_bytes(bytes(victim.stat().st_size))
+    with caplog.at_level(logging.WARNING), pytest.raises(DataError) as caught:
+        data.load("tiny", served)
+    assert caplog.text.count("is damaged") == 1
+    assert not re.search(r"[0-9a-f]{64}", caplog.text + str(caught.value))
 
 
 @pytest.mark.parametrize("function", [data.load, data.fetch, data.available])

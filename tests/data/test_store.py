@@ -41,10 +41,14 @@ def test_the_folder_is_the_first_that_is_given(nowhere, monkeypatch):
         ("DATAPATH=/a/b # where", "/a/b"),
         ("DATAPATH=/old\nDATAPATH=/new", "/new"),
         ("DATAPATH=~/x", "~/x"),
+        ("export\tDATAPATH=/a/b", "/a/b"),
+        ("\ufeffDATAPATH=/a/b", "/a/b"),
+        ("NAME=\udce9\nDATAPATH=/a/b", "/a/b"),
+        ("DATAPATH=/a/\udce9", "/a/\udce9"),
     ],
 )
 def test_dotenv_lines_are_read_as_shells_read_them(nowhere, text, expected):
-    (nowhere / ".env").write_text(text)
+    (nowhere / ".env").write_text(text, encoding="utf-8", errors="surrogateescape")
     assert data.folder() == Path(expected).expanduser()
 
 
@@ -52,6 +56,13 @@ def test_dotenv_lines_are_read_as_shells_read_them(nowhere, text, expected):
 def test_dotenv_files_without_a_folder_are_ignored(nowhere, content):
     (nowhere / ".env").write_bytes(content)
     assert data.folder() == nowhere / "home/.cache/gossamer/data"
+
+
+@pytest.mark.parametrize("given", ["~nosuchuser/x", "/a\0b"])
+def test_what_cannot_be_a_folder_is_refused_by_name(nowhere, monkeypatch, given):
+    (nowhere / ".env").write_text(f"DATAPATH={given}")
+    with pytest.raises(DataError, match=r"^DATAPATH: .*; set it to"):
+        data.folder()
 
 
 def test_relative_folders_are_those_of_the_current_directory(nowhere):

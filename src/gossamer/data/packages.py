@@ -23,7 +23,7 @@ import numpy as np
 from rich.console import Console
 
 from gossamer.data.catalogue import Entry, File, find
-from gossamer.data.store import faults, folder, install
+from gossamer.data.store import check_writable, faults, folder, install
 from gossamer.errors import ConfigurationError, DataError
 
 TIMEOUT = 900.0
@@ -148,10 +148,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     status = 0
     for name in options.names:
-        entry, place = find(name), folder(options.root) / name
+        entry = find(name)
         try:
+            place = folder(options.root) / name
             wanted = list(faults(entry, place))
             if wanted:
+                check_writable(place)
                 unpack(entry, wanted, place)
         except (ConfigurationError, DataError) as error:
             print(f"{name}: {error}", file=sys.stderr)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gossamer.data import mirrors
 from gossamer.data.catalogue import find
-from gossamer.data.store import MISSING, faults, folder
+from gossamer.data.store import MISSING, check_writable, faults, folder, sweep
 from gossamer.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -39,29 +39,33 @@ def fetch(name: str, root: str | os.PathLike[str] | None = None) -> Path:
 
     Raises:
         ConfigurationError: No data set has this name.
-        DataError: Some file could not be fetched; tells which, what was tried, and what to do.
+        DataError: Some file could not be fetched; tells which, what was tried, and what to do. Or the folder cannot
+            be written, or cannot be one at all.
     """
     # Only here, so that `python -m gossamer.data.packages` does not find itself imported already.
     from gossamer.data import packages
 
     entry = find(name)
     place = folder(root) / name
+    sweep(place)
+    found = faults(entry, place)
+    if not found:
+        return place
+    check_writable(place)
+    for file, fault in found.items():
+        level = logging.INFO if fault == MISSING else logging.WARNING
+        logger.log(level, "%s %s; fetching it", place / file.name, fault)
     problems = []
     for description, take in (("servers", mirrors.download), ("packages", packages.unpack)):
-        found = faults(entry, place)
-        if not found:
-            return place
-        for file, fault in found.items():
-            level = logging.INFO if fault == MISSING else logging.WARNING
-            logger.log(level, "%s %s; fetching it from %s", place / file.name, fault, description)
+        logger.info("%s: asking %s", name, description)
         try:
             take(entry, list(found), place)
         except DataError as error:
             problems.append(f"{description}: {error}")
-    found = faults(entry, place)
-    if found:
-        raise DataError(missing(name, place) + " Tried " + " | ".join(problems))
-    return place
+        found = faults(entry, place)
+        if not found:
+            return place
+    raise DataError(missing(name, place) + " Tried " + " | ".join(problems))
 
 
 def missing(name: str, place: Path) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import re
 import secrets
+import time
 from pathlib import Path
 from typing import Protocol
 
@@ -13,6 +16,13 @@ from gossamer.errors import DataError
 
 CHUNK = 1 << 20
 MISSING = "is missing"
+_PARTIAL = ".part"
+
+
+STALE = 3600.0
+"""Seconds after which a partial file that does not grow is taken for one that a killed process left."""
+
+_DOTENV_LINE = re.compile(r"\s*(?:export\s+)?DATAPATH\s*=(.*)")
 
 
 class Readable(Protocol):
@@ -27,24 +37,32 @@ def folder(root: str | os.PathLike[str] | None = None) -> Path:
 
     The first that is given: `root`; the environment variable DATAPATH; a line `DATAPATH=…` of the file `.env` in the
     current directory; `gossamer/data` in the user's cache (XDG_CACHE_HOME, else `~/.cache`).
+
+    Raises:
+        DataError: What is given cannot be a folder's name.
     """
     given = root or os.environ.get("DATAPATH") or _from_dotenv(Path(".env"))
     if given:
-        return Path(given).expanduser().absolute()
+        if "\0" in str(given):
+            raise DataError(f"DATAPATH: {given!r} holds a character that no path has; set it to a folder")
+        try:
+            return Path(given).expanduser().absolute()
+        except RuntimeError as error:
+            raise DataError(f"DATAPATH: {given!r} cannot be a folder: {error}; set it to one") from None
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(cache).expanduser().absolute() / "gossamer" / "data"
 
 
 def _from_dotenv(path: Path) -> str | None:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
+        # As the system's paths are: a byte that is not UTF-8 in another line must not hide this one.
+        lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+    except OSError:
         return None
     found = None
     for line in lines:
-        key, equals, value = line.strip().removeprefix("export ").partition("=")
-        if equals and key.strip() == "DATAPATH":
-            value = value.strip()
+        if match := _DOTENV_LINE.match(line):
+            value = match[1].strip()
             quoted = value[:1] in ("'", '"')
             found = value[1:].partition(value[0])[0] if quoted else value.partition(" #")[0].rstrip()
     return found or None
@@ -67,7 +85,31 @@ def _fault(path: Path, file: File) -> str | None:
         return MISSING
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
-    return None if digest == file.sha256 else f"is damaged: SHA-256 {digest} instead of {file.sha256}"
+    return None if digest == file.sha256 else f"is damaged: SHA-256 {digest[:12]}… instead of {file.sha256[:12]}…"
+
+
+def check_writable(place: Path) -> None:
+    """Refuse a data set's folder that no file can be put into, before any server is asked for one.
+
+    Raises:
+        DataError: Something above it is no folder, or may not be written.
+    """
+    try:
+        existing = next(each for each in (place, *place.parents) if each.exists())
+    except OSError as error:
+        raise DataError(f"{place}: cannot be a folder: {error.strerror}; set DATAPATH to another") from None
+    if not existing.is_dir():
+        raise DataError(f"{place}: cannot be made, {existing} is not a folder; set DATAPATH to one")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise DataError(f"{place}: {existing} cannot be written; set DATAPATH to a folder that can")
+
+
+def sweep(place: Path) -> None:
+    """Remove partial files that a killed process left in a data set's folder."""
+    with contextlib.suppress(OSError):  # another process may be removing them; what is left goes the next time
+        for left in place.glob(f".*{_PARTIAL}"):
+            if time.time() - left.stat().st_mtime > STALE:
+                left.unlink()
 
 
 def install(stream: Readable, file: File, place: Path) -> None:
@@ -79,7 +121,7 @@ def install(stream: Readable, file: File, place: Path) -> None:
         DataError: Other bytes than expected; the folder is as it was.
     """
     place.mkdir(parents=True, exist_ok=True)
-    partial = place / f".{file.name}.{secrets.token_hex(4)}.part"
+    partial = place / f".{file.name}.{secrets.token_hex(4)}{_PARTIAL}"
     digest = hashlib.sha256()
     size = 0
     try:
@@ -93,8 +135,8 @@ def install(stream: Readable, file: File, place: Path) -> None:
             os.fsync(output.fileno())
         if size != file.size or digest.hexdigest() != file.sha256:
             raise DataError(
-                f"{file.name} has other content than expected: {size} bytes with SHA-256 {digest.hexdigest()}, "
-                f"expected {file.size} with {file.sha256}"
+                f"{file.name} has other content than expected: {size} bytes with SHA-256 {digest.hexdigest()[:12]}…, "
+                f"expected {file.size} with {file.sha256[:12]}…"
             )
         partial.replace(place / file.name)
     finally:
