@@ -31,8 +31,9 @@ $(READY): pyproject.toml constraints.txt
 	  False) echo "make: '$(PYTHON)' is `$(PYTHON) --version`; gossamer needs 3.11 or newer: make demo PYTHON=/path/to/python3"; exit 1;; \
 	  *) echo "make: '$(PYTHON)' is no Python; name one of 3.11 or newer: make demo PYTHON=/path/to/python3"; exit 1;; \
 	esac
-	@# Without pip the making was interrupted, or the Python behind it is gone: begin anew.
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "Making the environment in $(VENV) ..."; $(PYTHON) -m venv --clear $(VENV) || { echo "make: Python cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv"; rm -rf $(VENV); exit 1; }; }
+	@# Begin anew where the making was interrupted or the Python behind it is gone: without pip, or without pyvenv.cfg,
+	@# and then pip would install into the Python that the environment was made from.
+	@$(BIN)/python -c 'import pip, sys; sys.exit(sys.prefix == sys.base_prefix)' >/dev/null 2>&1 || { echo "Making the environment in $(VENV) ..."; $(PYTHON) -m venv --clear $(VENV) || { echo "make: Python cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv"; rm -rf $(VENV); exit 1; }; }
 	@echo "Installing gossamer and what it needs (torch is large; a minute or more) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,plots,vision]' 2>$(VENV)/pip.log \
 	  || { cat $(VENV)/pip.log; echo; echo "make: the installation failed (above). Without a network, pip cannot reach the package index: connect, or point pip at a mirror (PIP_INDEX_URL), and run make again."; exit 1; }

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,12 @@ case "$*" in
   "-m venv --clear .venv") rm -rf .venv; mkdir -p .venv/bin; cp pretended .venv/bin/python ;;
   *) exit 1 ;;
 esac
+"""
+
+NO_ENVIRONMENT = f"""\
+#!/bin/sh
+# A Python with pip, called as one of an environment that has lost its pyvenv.cfg.
+case "$1" in -c) exec {sys.executable} -c "import sys; sys.prefix = sys.base_prefix; $2" ;; esac
 """
 
 PRETENDED = """\
@@ -45,7 +52,7 @@ def make(*arguments: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("left", [None, "#!/bin/sh\nexit 1\n", "#!/nowhere/python\n"])
+@pytest.mark.parametrize("left", [None, "#!/bin/sh\nexit 1\n", "#!/nowhere/python\n", NO_ENVIRONMENT])
 def test_an_environment_that_is_missing_or_was_left_half_made_is_made(left):
     if left is not None:
         Path(".venv/bin").mkdir(parents=True)

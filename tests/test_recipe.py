@@ -156,6 +156,7 @@ def test_a_step_that_cannot_work_is_refused_once_the_length_of_the_run_is_known(
         ("optimizer={name: SGD, lr: 0.1, lr: 0.2}", "lr: this key is given twice"),
         ("optimizer.name=sgd", "no optimizer 'sgd'; did you mean 'SGD'?"),
         ("schedule=cosine", "schedule: must be a mapping of keys to values, such as {type: cosine}, got 'cosine'"),
+        ("methods." + "9" * 5000 + "=1", "methods is a list of 2, it has no item '999"),
         ("0=1", "command line '0=1': 0: unknown key"),
         ("epoch=3", "command line 'epoch=3': epoch: unknown key; did you mean 'epochs'?"),
         ("schedule={type: cosine, final: 2}", "schedule.final: must be less than or equal to 1, got 2"),

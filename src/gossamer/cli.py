@@ -108,7 +108,7 @@ def _run_in(recipe: Recipe, folder: Path, resume: bool) -> list[Result]:
 def _with_seeds(recipe: Recipe, seeds: str | None) -> Recipe:
     if seeds is None:
         return recipe
-    if not re.fullmatch(r"[1-9]\d*|\d+(,\d+)+", seeds):
+    if not re.fullmatch(r"[1-9]\d{0,3}|\d{1,19}(,\d{1,19})+", seeds):
         raise ConfigurationError(f"--seeds: got {seeds!r}; allowed are seeds such as 0,1,2, or how many, such as 3")
     numbers = [int(part) for part in seeds.split(",")]
     return recipe.with_seeds(numbers if "," in seeds else range(numbers[0]))

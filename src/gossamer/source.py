@@ -123,7 +123,7 @@ class Source:
         holder: Any = self.data
         parts = dotted.split(".")
         for i, part in enumerate(parts):
-            key: str | int = int(part) if part.isdecimal() and part not in holder else part
+            key: str | int = int(part) if part.isdecimal() and len(part) < 10 and part not in holder else part
             last = i == len(parts) - 1
             if isinstance(holder, list):
                 if not isinstance(key, int) or key >= len(holder):
