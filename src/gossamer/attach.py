@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn, optim
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from gossamer import guard, optimizers, state
@@ -132,9 +133,9 @@ class Sparsity:
             raise OrderError(f"a scheduler was made before learned parameters got groups of their own; {guard.ORDER}")
         with torch.no_grad():
             _check_first_masks(self.methods)
-            tensors = self._hooks.tensors()
-            for tensor, (group, first) in zip(tensors, [tensor.sharding() for tensor in tensors], strict=True):
-                tensor.follow_sharding(group, first)
+            self._place_masks()
+            for tensor in self._hooks.tensors():
+                enforce(local(tensor.parameter), tensor.mask)
         _move_to_own_groups(groups, found)
         self._hooks.follow(found)
 
@@ -158,6 +159,7 @@ class Sparsity:
             The norm before clipping, 0-dim.
         """
         self._require_attached()
+        self._require_placed()
         masked = {id(tensor.parameter): tensor for tensor in self._hooks.tensors()}
         followed = (p for each in self._hooks.optimizers for p in optimizers.parameters(each))
         owners = {id(parameter): parameter for parameter in (*followed, *self._model.parameters())}.values()
@@ -212,16 +214,13 @@ class Sparsity:
             ConfigurationError: No method has such a phase.
         """
         self._require_attached()
+        self._require_placed()
         phases = [{"update": method.update, **method.phases()} for method in self.methods]
         if not any(phase in each for each in phases):
             allowed = sorted({name for each in phases for name in each})
             raise ConfigurationError(f"update: no method has a phase {phase!r}; there are {allowed}")
-        proposals = [
-            (method, each[phase](self.step, self._hooks.state_of, **arguments))
-            for method, each in zip(self.methods, phases, strict=True)
-            if phase in each
-        ]
-        return self._hooks.commit(proposals)
+        asked = [(method, each[phase]) for method, each in zip(self.methods, phases, strict=True) if phase in each]
+        return self._hooks.commit(self._hooks.propose(asked, self.step, **arguments))
 
     def freeze(self, frozen: bool = True) -> None:
         """Stop mask updates (or let them go on); masks stay in force."""
@@ -234,6 +233,7 @@ class Sparsity:
 
     def masks(self) -> dict[str, Tensor]:
         """Masks by parameter name, bool in the weight's shape, True where active; sharded as the weight is."""
+        self._require_placed()
         return {tensor.name: tensor.distribute(tensor.mask != 0) for tensor in self._hooks.tensors()}
 
     def density(self) -> float:
@@ -262,6 +262,7 @@ class Sparsity:
         Raises:
             ConfigurationError: A masked weight is missing in the copy, or has another shape.
         """
+        self._require_placed()
         if not isinstance(copy, nn.Module):
             raise ConfigurationError(f"project: expected a module, a copy of the model, got {type(copy).__name__}")
         found = {plain_name(name): parameter for name, parameter in copy.named_parameters(remove_duplicate=False)}
@@ -298,6 +299,7 @@ class Sparsity:
             The model that was attached.
         """
         self._require_attached()
+        self._require_placed()
         learned = {id(parameter) for group in self.param_groups() for parameter in group["params"]}
         for method in self.methods:
             method.finalize()
@@ -318,6 +320,7 @@ class Sparsity:
 
         The masks of sharded weights are DTensors, sharded alike; the world size may be another when they are loaded.
         """
+        self._require_placed()
         self._hooks.tell()
         return state.save(self.methods, self.step, self._hooks.frozen, self._hooks.second_moment)
 
@@ -333,6 +336,7 @@ class Sparsity:
             StateError: The state is not of this format, or of other methods, tensors, shapes or budgets.
         """
         self._require_attached()
+        self._require_placed()
         state.check(self.methods, saved)
         for line in state.differences(self.methods, saved, self._hooks.second_moment):
             logger.warning("%s; the run is not the one that was stopped", line)
@@ -343,6 +347,30 @@ class Sparsity:
     def _require_attached(self) -> None:
         if not self._hooks.attached:
             raise OrderError("this handle was detached or finalized; attach the model again to go on")
+
+    def _require_placed(self) -> None:
+        """Masks are whole until `follow`; before an optimizer is followed of itself, they go where weights are now.
+
+        After a forward without a backward FSDP2 leaves whole weights in the model, which are sharded again first.
+        """
+        for module in self._model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        tensors = self._hooks.tensors()
+        if any(isinstance(tensor.parameter, DTensor) and tensor.target.sharded is None for tensor in tensors):
+            if self._hooks.adopt is None:
+                raise OrderError(f"the model was sharded, and its masks were not; {guard.ORDER}")
+            with torch.no_grad():
+                self._place_masks()  # weights stay as they are: a state of theirs may be loaded already, and masks not
+
+    def _place_masks(self) -> None:
+        """Keep of every mask what belongs to this rank, as the weights are sharded now."""
+        tensors = self._hooks.tensors()
+        for tensor, (group, first) in zip(tensors, [tensor.sharding() for tensor in tensors], strict=True):
+            tensor.follow_sharding(group, first)
+        for method in self.methods:
+            for target in method.claims():
+                target.remember_shard()
 
 
 def _check_masks(masks: object) -> None:
@@ -439,9 +467,13 @@ def _check_first_masks(methods: Sequence[Method]) -> None:
 
 
 def _drop_parameters(optimizer: optim.Optimizer, gone: set[int]) -> None:
+    emptied = []
     for group in optimizer.param_groups:
+        left = [parameter for parameter in group["params"] if id(parameter) not in gone]
         for parameter in group["params"]:
             if id(parameter) in gone:
                 optimizer.state.pop(parameter, None)
-        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gone]
-    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        if group["params"] and not left:  # a group that the user left empty is not ours to remove
+            emptied.append(id(group))
+        group["params"] = left
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if id(group) not in emptied]

@@ -53,6 +53,7 @@ class StepHooks:
         self._overflows: Tensor | None = None
         self._left_out: set[int] = set()  # optimizers whose next step is withheld, since an update asked for it
         self._withheld: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._loaded: set[int] = set()  # optimizers that may have state of pruned weights, from before they had masks
         guard.watch(self)
 
     def tensors(self) -> list[MaskedTensor]:
@@ -72,12 +73,14 @@ class StepHooks:
             self._handles.append(optimizer.register_step_pre_hook(self._before_step))
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
             optimizer.defaults = guard.FollowedDefaults(optimizer.defaults)
-        for tensor in self.tensors():
-            holder, _ = self._holder(tensor)
-            if holder is not None and not optimizers.is_elementwise(holder):
-                optimizers.forget_pruned(tensor, holder.state.get(tensor.parameter, {}))
+            if not optimizers.is_elementwise(optimizer):
+                self._handles.append(optimizer.register_load_state_dict_post_hook(self._note_loaded))
+                self._loaded.add(id(optimizer))
         self.attached = True
         guard.watch(self)
+
+    def _note_loaded(self, optimizer: optim.Optimizer) -> None:
+        self._loaded.add(id(optimizer))
 
     def release(self) -> None:
         """Let go of the optimizers."""
@@ -106,6 +109,18 @@ class StepHooks:
         # A due step is met by counting; taken back only after the stretch, overflows would let it be passed over.
         self._settle()
         self.frozen = frozen
+
+    def propose(
+        self, due: Sequence[tuple[Method, Callable[..., Proposal]]], step: int, **arguments: Any
+    ) -> list[tuple[Method, Proposal]]:
+        """Ask methods for new masks; where one fails, the state of all is as before."""
+        before = [copy.deepcopy(method.state_dict()) for method, _ in due]
+        try:
+            return [(method, ask(step, self.state_of, **arguments)) for method, ask in due]
+        except BaseException:
+            for (method, _), state in zip(due, before, strict=True):
+                method.load_state_dict(state)
+            raise
 
     def commit(self, proposals: Sequence[tuple[Method, Proposal]]) -> list[MaskUpdate]:
         """Put new masks in force, give weights that begin anew fresh optimizer state, then tell the callbacks."""
@@ -210,7 +225,12 @@ class StepHooks:
             for parameter, _ in held:
                 parameter.grad = None
         elif not optimizers.is_elementwise(optimizer):
-            for tensor in self._held(optimizer):
+            tensors = self._held(optimizer)
+            if id(optimizer) in self._loaded:  # only now, since masks may be loaded after the optimizer
+                self._loaded.discard(id(optimizer))
+                for tensor in tensors:
+                    optimizers.forget_pruned(tensor, optimizer.state.get(tensor.parameter, {}))
+            for tensor in tensors:
                 if tensor.parameter.grad is not None:
                     enforce(local(tensor.parameter.grad), tensor.mask)
 
@@ -228,13 +248,10 @@ class StepHooks:
         self._settle()
         if overflow is not None and bool(overflow > 0):
             return False
-        due = [method for method in self._methods if method.due(self._step)]
-        before = [copy.deepcopy(method.state_dict()) for method in due]
+        due = [(method, method.update) for method in self._methods if method.due(self._step)]
         try:
-            proposals = [(method, method.update(self._step, self.state_of)) for method in due]
+            proposals = self.propose(due, self._step)
         except BaseException:
-            for method, state in zip(due, before, strict=True):
-                method.load_state_dict(state)
             self._step -= 1
             raise
         self.commit(proposals)
@@ -272,7 +289,7 @@ class StepHooks:
         return next(i for i, each in enumerate(self.optimizers) if each is optimizer)
 
     def __getstate__(self) -> dict[str, Any]:
-        transient: dict[str, Any] = {"_handles": [], "_withheld": {}, "callbacks": []}
+        transient: dict[str, Any] = {"_handles": [], "_withheld": {}, "_loaded": set(), "callbacks": []}
         return self.__dict__ | {"_step": self.step} | transient
 
     def __setstate__(self, state: dict[str, Any]) -> None:

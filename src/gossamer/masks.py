@@ -54,7 +54,6 @@ class MaskedTensor:
         self.weights = parameter.numel()
         self.mask = torch.full_like(local(parameter), -1, dtype=torch.int8)
         self.active = self.weights
-        self._sharded: nn.Parameter | None = parameter if isinstance(parameter, DTensor) else None
         self.process_group, self.first_row = self.sharding()
 
     @property
@@ -64,12 +63,8 @@ class MaskedTensor:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The parameter as it is in the model now; of a sharded weight always the shard that the optimizer holds.
-
-        After a forward without a backward FSDP2 leaves whole weights in the model.
-        """
-        found = self.target.parameter
-        return found if self._sharded is None or isinstance(found, DTensor) else self._sharded
+        """The parameter as it is in the model now; see `Target.parameter`."""
+        return self.target.parameter
 
     @property
     def input_dim(self) -> int:
@@ -140,9 +135,8 @@ class MaskedTensor:
         """
         mask = self.mask if self.process_group is not None else rows_like(self.mask, self.parameter)
         self.process_group, self.first_row = process_group, first_row
-        self._sharded = self.parameter if isinstance(self.parameter, DTensor) else None
+        self.target.remember_shard()
         self.mask = torch.empty_like(local(self.parameter), dtype=torch.int8).copy_(mask)
-        enforce(local(self.parameter), self.mask)
 
     def distribute(self, part: Tensor) -> Tensor:
         """A tensor of this rank's rows as a DTensor sharded as the weight is, or as it is where nothing is sharded."""
@@ -167,8 +161,8 @@ class Change:
     Attributes:
         tensor: The tensor.
         mask: int8 mask (−1 active, 0 pruned) of this rank's part of the weight, in its shape.
-        renewed: int8 mask, −1 where a weight that stays active is to begin anew, as a newly active one does.
-        values: What newly active and renewed weights start from, in the weight's shape; 0 where there are none.
+        renewed: int8 mask, −1 where a weight that stays active is to begin anew, as a newly active one does; likewise.
+        values: What newly active and renewed weights start from, likewise; 0 where there are none.
     """
 
     tensor: MaskedTensor

@@ -116,7 +116,7 @@ class Method(ABC):
     def after_step(self, step: int) -> Proposal | None:
         """Advance what changes with every step, such as a temperature; may propose masks (a ticket, a rewind).
 
-        Called once for each completed step, after all optimizers; `step` counts those completed.
+        Called once for each completed step, after all optimizers; `step` counts those completed. It may write weights.
         """
         return None
 

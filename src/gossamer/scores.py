@@ -72,7 +72,10 @@ class View:
         )
 
     def take(self, tensor: Tensor) -> Tensor:
-        """Of a tensor with a value for each weight, those that belong to the weights of this view."""
+        """Of a tensor with a value for each weight, those that belong to the weights of this view.
+
+        A tensor sharded as the weight is; of a whole one `gossamer.masks.rows_like` gives this rank's part.
+        """
         part = local(tensor)
         return part if self._index is None else part.reshape(-1)[self._index]
 

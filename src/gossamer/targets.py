@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
 from gossamer.checks import closest
@@ -37,7 +38,7 @@ WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """The name parts that `torch.compile`, FSDP and activation checkpointing put into parameter names."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Target:
     """One selected weight.
 
@@ -47,21 +48,29 @@ class Target:
             module always finds the present Parameter, also after a wrapper or `load_state_dict(assign=True)` has
             replaced it.
         input_dim: The dimension that runs over inputs (0 for transposed convolutions, else 1).
+        sharded: The shard that the optimizer holds, where the weight is sharded: after a forward without a backward
+            FSDP2 leaves whole weights in the model.
     """
 
     name: str
     places: tuple[tuple[nn.Module, str], ...]
     input_dim: int
+    sharded: nn.Parameter | None = field(default=None, init=False, repr=False)
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The parameter as it is in the model now."""
+        """The parameter as it is in the model now; of a sharded weight always the shard."""
         owner, attribute = self.places[0]
         found = owner._parameters.get(attribute)
         if found is None:  # a method that learns masks has put a parametrization around it
             found = getattr(owner.parametrizations, attribute).original
         assert isinstance(found, nn.Parameter)
-        return found
+        return found if self.sharded is None or isinstance(found, DTensor) else self.sharded
+
+    def remember_shard(self) -> None:
+        """Keep hold of the parameter as it is now, if it is a shard."""
+        found = self.parameter
+        self.sharded = found if isinstance(found, DTensor) else None
 
 
 def plain_name(name: str) -> str:

@@ -203,7 +203,7 @@ BAD_ATTACH: dict[str, tuple[Callable[[], Any], dict[str, Any], type[Exception], 
     ),
     "pruning more than is active": (
         lambda: gs.DSR(0.5, prune_count=32, **GOOD), {}, gs.ConfigurationError,
-        [r"prune_count: got 32, but only 32 weights are active; choose a tenth"],
+        [r"prune_count: got 32, but only 31 of 32 active weights can go .*choose a tenth"],
     ),
     "a global ranking that leaves less than one weight a tensor": (
         lambda: gs.GMP(0.99, end=5, distribution="global", targets=["good.weight", "odd.weight"]), {},

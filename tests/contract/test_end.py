@@ -263,3 +263,17 @@ def test_a_model_without_optimizer_can_be_attached_updated_and_finalized() -> No
     optimizer = optim.SGD(model.parameters(), lr=0.1)
     model(torch.ones(1, 8)).sum().backward()
     optimizer.step()
+
+
+def test_a_group_that_was_empty_before_stays() -> None:
+    model = nn.Sequential(nn.Linear(8, 8, bias=False))
+    groups = [{"params": [], "lr": 1.0}, {"params": list(model.parameters()), "lr": 0.01}]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    sparsity = gs.attach(model, gs.SET(0.5), optimizer)
+    optimizer.step()
+    scheduler.step()
+    sparsity.finalize()
+    assert [len(group["params"]) for group in optimizer.param_groups] == [0, 1]
+    optimizer.step()
+    scheduler.step()

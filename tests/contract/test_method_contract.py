@@ -555,3 +555,25 @@ def test_a_phase_can_take_arguments():
     sparsity.update("keep_rows", rows=1)
     assert sparsity.masks()["0.weight"].sum(1).tolist() == [6, 0, 0, 0]
     assert sparsity.density() == 0.25
+
+
+def test_an_update_by_hand_that_fails_changes_no_other_method():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    sparsity = gs.attach(model, [gs.DSR(0.5, threshold=0.05, targets="0.*"), gs.RigL(0.5, targets="1.*")])
+    before = copy.deepcopy(sparsity.state_dict())
+    with pytest.raises(gs.ConfigurationError, match="no weight has a gradient"):
+        sparsity.update()
+    after = sparsity.state_dict()
+    for one, two in zip(before["methods"], after["methods"], strict=True):
+        assert one["state"].pop("generator").equal(two["state"].pop("generator"))
+        assert one["state"] == two["state"]
+
+
+@pytest.mark.parametrize("options", [{"prune_fraction": 0.9}, {"prune_count": 2}])
+def test_the_threshold_stays_finite_where_nothing_is_left_to_prune(options: dict[str, Any]):
+    model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(3)))
+    sparsity = gs.attach(model, gs.DSR(0.97, gain=1e10, **options))
+    for _ in range(50):
+        sparsity.update()
+    assert 0 < sparsity.methods[0].threshold < float("inf")
+    sparsity.load_state_dict(sparsity.state_dict())

@@ -244,7 +244,8 @@ def test_an_optimizer_that_evaluates_its_closure_twice_counts_one_step_and_keeps
     assert told == ([] if row.method is gs.Static else [2, 4])
 
 
-def test_momentum_from_before_the_masks_moves_no_active_weight() -> None:
+@pytest.mark.parametrize("loaded", [False, True], ids=["attached late", "loaded late"])
+def test_momentum_from_before_the_masks_moves_no_active_weight(loaded: bool) -> None:
     def dense() -> tuple[nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(8, 8, bias=False))
@@ -260,7 +261,12 @@ def test_momentum_from_before_the_masks_moves_no_active_weight() -> None:
         model, optimizer = dense()
         mask = torch.eye(8)
         optimizer.state[model[0].weight]["momentum_buffer"] += noise * (1 - mask)
+        state = optimizer.state_dict()
+        if loaded:
+            optimizer = torch.optim.Muon(model.parameters(), lr=0.1)
         gs.attach(model, gs.Static(), optimizer, masks={"0.weight": mask})
+        if loaded:
+            optimizer.load_state_dict(state)
         model(torch.ones(2, 8)).square().sum().backward()
         optimizer.step()
         found.append(model[0].weight.detach().clone())

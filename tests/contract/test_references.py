@@ -405,22 +405,24 @@ def test_gmp_down_to_2_of_4_keeps_the_largest_of_every_cell() -> None:
 def test_rescaled_weights_keep_the_variance_of_each_output(structure: str) -> None:
     def make() -> nn.Module:
         torch.manual_seed(0)
+        grouped = nn.Conv2d(8, 8, 3, groups=2)
         transposed = nn.ConvTranspose2d(8, 16, 3, groups=2)
-        return nn.ModuleDict({"linear": nn.Linear(16, 8), "conv": nn.Conv2d(8, 4, 3), "transposed": transposed})
+        return nn.ModuleDict({"linear": nn.Linear(16, 8), "grouped": grouped, "transposed": transposed})
+
+    def outputs(name: str, weight: Tensor) -> list[Tensor]:
+        if name != "transposed.weight":
+            return list(weight)
+        return [half[:, i] for half in weight.split(4) for i in range(8)]  # two groups of 4 inputs and 8 outputs
 
     model, plain = make(), make()
     sparsity = None if structure == "2:4" else 0.75
     masks = gs.attach(model, gs.Static(sparsity, structure=structure, rescale=True)).masks()
     for name, mask in masks.items():
-        weight, before = model.get_parameter(name), plain.get_parameter(name)
-        output = 1 if name == "transposed.weight" else 0
-        for i in range(weight.shape[output]):
-            kept = mask.select(output, i)
-            inputs = kept.numel()
-            factor = math.sqrt(inputs / max(1, int(kept.sum())))
-            expected = before.select(output, i)[kept] * factor
-            assert torch.allclose(weight.select(output, i)[kept], expected)
-            assert not weight.select(output, i)[~kept].any()
+        parts = (outputs(name, each) for each in (model.get_parameter(name), plain.get_parameter(name), mask))
+        for weight, before, kept in zip(*parts, strict=True):
+            factor = math.sqrt(kept.numel() / max(1, int(kept.sum())))
+            assert torch.allclose(weight[kept], before[kept] * factor)
+            assert not weight[~kept].any()
 
 
 def test_given_masks_never_rescale() -> None:

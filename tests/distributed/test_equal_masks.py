@@ -103,7 +103,8 @@ def test_training_gives_the_masks_of_one_process(results, wrapper, name):
 @pytest.mark.parametrize("name", CHANGING)
 def test_these_trainings_do_change_their_masks(name):
     masks = alone("train", name, lambda: run(name, "plain").train())["masks"]
-    assert (masks[1:] != masks[:-1]).any(1).sum() >= 4
+    least = 1 if name == "gmp 2:4" else 4  # 3 of 4 from the first update, then 2 of 4
+    assert (masks[1:] != masks[:-1]).any(1).sum() >= least
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)

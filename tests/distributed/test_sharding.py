@@ -1,5 +1,6 @@
 """What goes over the wire at an update, which shardings and orders are refused, and that all ranks agree."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ def cases():
     listed["different first weights fsdp"] = lambda _: different_first_weights("fsdp")
     listed["phases"] = phases
     listed["diverged"] = diverged
+    listed["auto"] = automatic
+    listed["late masks"] = late_masks
     return listed
 
 
@@ -292,3 +295,103 @@ def test_nan_on_one_rank_stops_all_and_changes_nothing(results):
     for rank in results["diverged"]:
         assert rank["error"].startswith("NonFiniteError: up.weight: its scores contain NaN")
         assert rank["same"]
+
+
+# -- before an optimizer is followed, and after an evaluation ----------------------------------------------------------
+
+
+def small_run(optimizer):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 4))
+    sparsity = gs.attach(model, gs.SET(0.6, every=2), optimizer)
+    fully_shard(model[0], mesh=init_device_mesh("cpu", (ranks.WORLD,)))
+    fully_shard(model, mesh=init_device_mesh("cpu", (ranks.WORLD,)))
+    return model, sparsity, torch.optim.Adam(model.parameters(), lr=0.01)
+
+
+def steps(model, optimizer, count, first=0):
+    for step in range(first, first + count):
+        x = torch.randn(6, 12, generator=torch.Generator().manual_seed(step))
+        model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def automatic(_):
+    model, sparsity, optimizer = small_run("auto")
+    steps(model, optimizer, 3)
+    saved = sparsity.state_dict()
+    state = copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    again, other, second = small_run("auto")
+    again.load_state_dict(state["model"])
+    second.load_state_dict(state["optimizer"])
+    before = other.clip_grad_norm_(1.0)
+    other.load_state_dict(saved)
+    loaded = {name: whole(mask) for name, mask in other.masks().items()}
+    expected = {name: whole(mask) for name, mask in sparsity.masks().items()}
+    steps(model, optimizer, 3, first=3)
+    steps(again, second, 3, first=3)
+    return {
+        "norm": before,
+        "loaded": all(loaded[name].equal(mask) for name, mask in expected.items()),
+        "later": all(whole(a).equal(whole(b)) for a, b in zip(again.parameters(), model.parameters(), strict=True)),
+        "error": ranks.error_of(lambda: small_run(None)[1].state_dict()),
+    }
+
+
+def test_a_sharded_model_can_be_resumed_before_its_optimizer_is_followed_of_itself(results):
+    for rank in results["auto"]:
+        assert rank["norm"] == 0
+        assert rank["loaded"]
+        assert rank["later"]
+        assert rank["error"].startswith("OrderError: the model was sharded, and its masks were not; the order is")
+
+
+class Late(gs.Static):
+    """Claims its weights from the start and masks them when it is asked to."""
+
+    def bind(self, model, masks):
+        super().bind(model, masks)
+        self.chosen = [tensor.target for tensor in self.tensors]
+
+    def claims(self):
+        return self.chosen
+
+    def install(self):
+        self.tensors = []
+
+    def phases(self):
+        return {"harden": self.harden}
+
+    def harden(self, step, state):
+        self.tensors = [gs.method.MaskedTensor(target) for target in self.chosen]
+        masks = []
+        for tensor in self.tensors:
+            mask = torch.full_like(tensor.mask, -1)
+            mask[:, ::2] = 0
+            masks.append(gs.Change(tensor, mask))
+        return gs.Proposal(masks)
+
+
+def late_masks(_):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 4))
+    sparsity = gs.attach(model, Late(0.5))
+    fully_shard(model, mesh=init_device_mesh("cpu", (ranks.WORLD,)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    sparsity.follow(optimizer)
+    steps(model, optimizer, 1)
+    with torch.no_grad():
+        model(torch.ones(1, 12))  # leaves whole weights in the model
+    sparsity.update("harden")
+    steps(model, optimizer, 2)
+    return {name: whole(mask) for name, mask in sparsity.masks().items()} | {
+        "zeros": [int((whole(parameter) == 0).sum()) for parameter in model.parameters() if parameter.dim() == 2]
+    }
+
+
+def test_masks_made_after_an_evaluation_are_those_of_the_shards(results):
+    for rank in results["late masks"]:
+        assert rank["zeros"] == [60, 20]
+        assert rank["0.weight"].shape == (10, 12)
+        assert not rank["0.weight"][:, ::2].any()

@@ -20,6 +20,9 @@ from gossamer.scores import magnitude
 from gossamer.weights.masked import MaskMethod
 from gossamer.weights.ranking import drop, grow, scores_of_active
 
+_THRESHOLDS = (1e-30, 1e30)
+"""The threshold stays within: beyond any weight that trains it would take long to come back, or never."""
+
 HEURISTICS: dict[str, Callable[[int, int, int], int]] = {
     "paper": lambda total, before, left: left,
     "within": lambda total, before, left: before - left,
@@ -94,13 +97,15 @@ class DSR(MaskMethod):
         masks = super()._start(given)
         weights = self.all_parameters if self.over == "all" else sum(tensor.weights for tensor in self.tensors)
         active = self._weights([count for _, count in masks])
-        if self.prune_count is not None and self.prune_count >= active:
+        most = active - sum(groups.size for groups in self.groups)
+        if self.prune_count is not None and self.prune_count > most:
             raise ConfigurationError(
-                f"prune_count: got {self.prune_count}, but only {active} weights are active; choose a tenth of them"
+                f"prune_count: got {self.prune_count}, but only {most} of {active} active weights can go (one group a "
+                "tensor stays); choose a tenth of them"
             )
         # Above a half an update would leave little of the network, and the threshold would grow without end.
         self.intended = (
-            self.prune_count if self.prune_count is not None else min(self.prune_fraction * weights, active / 2)
+            self.prune_count if self.prune_count is not None else min(self.prune_fraction * weights, active / 2, most)
         )
         self._pruned: list[Tensor] | None = None
         self._before = [active for _, active in masks]
@@ -186,9 +191,9 @@ class DSR(MaskMethod):
     def _adjust(self) -> None:
         pruned = self._last_pruned
         if pruned > (1 + self.tolerance) * self.intended:
-            self.threshold /= self.gain
+            self.threshold = max(self.threshold / self.gain, min(self.threshold, _THRESHOLDS[0]))
         elif pruned < (1 - self.tolerance) * self.intended:
-            self.threshold *= self.gain
+            self.threshold = min(self.threshold * self.gain, max(self.threshold, _THRESHOLDS[1]))
 
     def settings(self) -> dict[str, Any]:
         """See `Method.settings`; the threshold has adapted since, and is in the state."""

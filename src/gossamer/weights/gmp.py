@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from fractions import Fraction
-from math import ceil, floor
+from math import floor
 from typing import Any
 
 from torch import Tensor
@@ -76,6 +76,11 @@ class GMP(MaskMethod):
         if given is None and self.initial_sparsity:
             self.masks_from_weights = True
             alive = [each for each, _ in masks]
+            if self.groups[0].cell is not None:
+                raise ConfigurationError(
+                    f"initial_sparsity={self.initial_sparsity}: under {self.groups[0].structure} gradual pruning "
+                    "starts dense; leave it out"
+                )
             counts = self._counts(self.initial_sparsity)
             active = prune_to(self.groups, alive, counts, as_score(self.score), lambda _: {}, self.p)
             masks = list(zip(alive, active, strict=True))
@@ -96,7 +101,7 @@ class GMP(MaskMethod):
         if len(wanted) < len(self.groups):
             return [floor(wanted[0])]
         if self.groups[0].cell is not None:
-            return [ceil(count) for count in wanted]
+            return [floor(count) for count in wanted]
         # What is above the end is split, so that no tensor falls below its end by rounding.
         sizes = [groups.size for groups in self.groups]
         above = [(count - final) * size for count, final, size in zip(wanted, self._to, sizes, strict=True)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field, fields
+from math import prod
 from typing import Any
 
 import torch
@@ -297,10 +298,16 @@ class MaskMethod(Method):
 
 
 def _rescale(tensor: MaskedTensor) -> None:
-    outputs = 1 - tensor.input_dim
-    others = [dim for dim in range(len(tensor.shape)) if dim != outputs]
-    active = (tensor.mask != 0).sum(others, keepdim=True).clamp(min=1)
-    tensor.parameter.mul_((tensor.weights / tensor.shape[outputs] / active).sqrt().to(tensor.parameter.dtype))
+    weight, mask = tensor.parameter.detach(), tensor.mask != 0
+    groups = 1
+    if tensor.input_dim == 0:  # the inputs of a transposed convolution's groups follow each other
+        groups = getattr(tensor.target.places[0][0], "groups", 1)
+    divided = (groups, len(weight) // groups, *weight.shape[1:])
+    weight, mask = weight.view(divided), mask.view(divided)
+    outputs = (0, 2) if tensor.input_dim == 0 else (0, 1)
+    others = [dim for dim in range(mask.dim()) if dim not in outputs]
+    inputs = prod(mask.shape[dim] for dim in others)
+    weight.mul_((inputs / mask.sum(others, keepdim=True).clamp(min=1)).sqrt().to(weight.dtype))
 
 
 def _plain(value: Any) -> Any:

@@ -104,7 +104,7 @@ def prune_to(
         groups: The groups of each weight.
         alive: Their masks, changed in place.
         counts: Active groups wanted of each weight; or one number for all ranked together, where each weight keeps
-            at least its best group. Under N:M the largest equal number a cell that covers it.
+            at least its best group. Under N:M the largest equal number a cell that is not above it, at least N.
         score: What is pruned is smallest in this score.
         state: The optimizer's state of a weight.
         p: Order of the norm that scores a group.
@@ -147,8 +147,8 @@ def _fill_cells(groups: Groups, alive: Tensor, eligible: Tensor, scores: Tensor)
 
 def _prune_cells(groups: Groups, alive: Tensor, count: int, score: Score, state: StateOf, p: float) -> int:
     assert groups.cell is not None
-    m = groups.cell[1]
-    kept = -(-count * m // groups.total)
+    n, m = groups.cell
+    kept = max(n, count * m // groups.total)
     scores = groups.scores(score, state, p).masked_fill_(alive == 0, -torch.inf)
     refuse_nan([groups], [scores])
     alive.copy_(largest_in_cells(scores, torch.tensor([kept], device=alive.device), m)).neg_()
