@@ -37,7 +37,14 @@ def files() -> list[str]:
 def start(*arguments: str, **options: object) -> subprocess.Popen[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-m", "gossamer", *arguments]
-    return subprocess.Popen(command, text=True, env=environment, **options)  # type: ignore[call-overload]
+    return subprocess.Popen(  # type: ignore[call-overload]
+        command,
+        text=True,
+        env=environment,
+        # A shell's background jobs ignore interrupts, and their children would too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        **options,
+    )
 
 
 def test_a_shipped_recipe_trains_from_a_shell_and_leaves_a_run_folder():

@@ -142,7 +142,8 @@ def test_frozen_masks_stay_and_keep_their_zeros_until_thawed(method: MethodRow, 
     run.sparsity.freeze(False)
     run.train(range(7, 8))
     changed = any(not mask.equal(masks[name]) for name, mask in run.sparsity.masks().items())
-    assert changed == (method.method is not gs.Static)
+    ended = method.method is gs.GMP and structure == "2:4"  # its first update already goes from 4 to 2 of 4
+    assert changed == (method.method is not gs.Static and not ended)
     assert run.sparsity.step == 8
 
 
