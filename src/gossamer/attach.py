@@ -215,6 +215,7 @@ class Sparsity:
         """
         self._require_attached()
         self._require_placed()
+        self._reshard()
         phases = [{"update": method.update, **method.phases()} for method in self.methods]
         if not any(phase in each for each in phases):
             allowed = sorted({name for each in phases for name in each})
@@ -337,6 +338,7 @@ class Sparsity:
         """
         self._require_attached()
         self._require_placed()
+        self._reshard()
         state.check(self.methods, saved)
         for line in state.differences(self.methods, saved, self._hooks.second_moment):
             logger.warning("%s; the run is not the one that was stopped", line)
@@ -349,19 +351,19 @@ class Sparsity:
             raise OrderError("this handle was detached or finalized; attach the model again to go on")
 
     def _require_placed(self) -> None:
-        """Masks are whole until `follow`; before an optimizer is followed of itself, they go where weights are now.
-
-        After a forward without a backward FSDP2 leaves whole weights in the model, which are sharded again first.
-        """
-        for module in self._model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        """Masks are whole until `follow`; before an optimizer is followed of itself, they go where weights are now."""
         tensors = self._hooks.tensors()
         if any(isinstance(tensor.parameter, DTensor) and tensor.target.sharded is None for tensor in tensors):
             if self._hooks.adopt is None:
                 raise OrderError(f"the model was sharded, and its masks were not; {guard.ORDER}")
             with torch.no_grad():
                 self._place_masks()  # weights stay as they are: a state of theirs may be loaded already, and masks not
+
+    def _reshard(self) -> None:
+        """Shard again what FSDP2 left whole after an evaluation: methods read more than the weights they claim."""
+        for module in self._model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def _place_masks(self) -> None:
         """Keep of every mask what belongs to this rank, as the weights are sharded now."""
