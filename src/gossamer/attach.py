@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn, optim
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -72,7 +72,7 @@ def attach(
     _check_masks(masks)
     for method in bound:
         method.bind(model, masks)
-    _check_claims(bound)
+    guard.check_claims(bound)
     if isinstance(masks, Mapping):
         names = [target.name for method in bound for target in method.claims()]
         if unknown := sorted(set(masks) - set(names)):
@@ -80,7 +80,7 @@ def attach(
                 f"masks: {unknown[0]!r} is no target; leave it out of masks, or choose it" + closest(unknown[0], names)
             )
     automatic = isinstance(optimizer, str) and optimizer == "auto"
-    followed = [] if optimizer is None or automatic else _check_follow(bound, optimizer)
+    followed = [] if optimizer is None or automatic else guard.check_follow(bound, optimizer)
     guard.check_unfollowed(None, followed)
     with torch.no_grad():
         for method in bound:
@@ -126,7 +126,7 @@ class Sparsity:
             OrderError: A masked weight is in none of the optimizers.
         """
         self._require_attached()
-        found = _check_follow(self.methods, optimizer)
+        found = guard.check_follow(self.methods, optimizer)
         guard.check_unfollowed(self._hooks, found)
         groups = self.param_groups()
         if groups and any("initial_lr" in group for each in found for group in each.param_groups):
@@ -136,7 +136,7 @@ class Sparsity:
             self._place_masks()
             for tensor in self._hooks.tensors():
                 enforce(local(tensor.parameter), tensor.mask)
-        _move_to_own_groups(groups, found)
+        optimizers.move_to_own_groups(groups, found)
         self._hooks.follow(found)
 
     def param_groups(self) -> list[dict[str, Any]]:
@@ -309,7 +309,7 @@ class Sparsity:
             enforce(local(tensor.parameter), tensor.mask)
         count_active(tensors)
         for optimizer in self._hooks.optimizers:
-            _drop_parameters(optimizer, learned)
+            optimizers.drop_parameters(optimizer, learned)
         self._hooks.release()
         return self._model
 
@@ -395,62 +395,6 @@ def _check_masks(masks: object) -> None:
             )
 
 
-def _check_claims(methods: Sequence[Method]) -> None:
-    owner: dict[str, Method] = {}
-    for method in methods:
-        if method.over_all and len(methods) > 1:
-            raise ConfigurationError(
-                f"{method!r}: over='all' counts every other weight as dense, and another method is attached beside it; "
-                "give each its sparsity over='targets'"
-            )
-        for target in method.claims():
-            if target.name in owner:
-                raise ConfigurationError(
-                    f"{target.name}: belongs to both {owner[target.name]!r} and {method!r}; give them `targets` that "
-                    "do not overlap"
-                )
-            owner[target.name] = method
-            if not target.parameter.requires_grad:
-                raise ConfigurationError(
-                    f"{target.name}: is frozen (requires_grad=False) and would not be trained; leave it out with "
-                    f"targets=['!{target.name}'], or prune it with gossamer.prune"
-                )
-    guard.check_unclaimed(target.parameter for method in methods for target in method.claims())
-
-
-def _check_follow(methods: Sequence[Method], optimizer: object) -> list[optim.Optimizer]:
-    """Unwrap optimizers and check that every masked weight is in exactly one of them."""
-    given = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
-    found = [optimizers.unwrap(each) for each in given]
-    holders: dict[int, int] = {}
-    for each in found:
-        for parameter in optimizers.parameters(each):
-            holders[id(parameter)] = holders.get(id(parameter), 0) + 1
-    for method in methods:
-        hard = {tensor.name: tensor for tensor in method.tensors}
-        for target in method.claims():
-            count = holders.get(id(hard.get(target.name, target).parameter), 0)
-            if count != 1:
-                raise OrderError(
-                    f"{target.name}: is in {count} of the {len(found)} optimizers given, must be in one (wrapping a "
-                    f"model may replace its parameters); {guard.ORDER}"
-                )
-    return found
-
-
-def _move_to_own_groups(groups: Sequence[dict[str, Any]], found: Sequence[optim.Optimizer]) -> None:
-    """Give learned parameters optimizer groups of their own, out of groups whose weight decay is not for them."""
-    if not groups:
-        return
-    learned = {id(parameter) for group in groups for parameter in group["params"]}
-    # Muon takes matrices only, so of several optimizers the last other one.
-    home = next((each for each in reversed(found) if not isinstance(each, optim.Muon)), found[-1])
-    for optimizer in found:
-        _drop_parameters(optimizer, learned)
-    for group in groups:
-        home.add_param_group(dict(group))
-
-
 def _check_first_masks(methods: Sequence[Method]) -> None:
     """Raise on every rank where masks that come from weights differ, because ranks made different first weights."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
@@ -466,16 +410,3 @@ def _check_first_masks(methods: Sequence[Method]) -> None:
                         f"{tensor.name}: its first mask comes from its weights, and those differ over ranks; seed all "
                         "ranks alike before the model is made, or load the same weights everywhere"
                     )
-
-
-def _drop_parameters(optimizer: optim.Optimizer, gone: set[int]) -> None:
-    emptied = []
-    for group in optimizer.param_groups:
-        left = [parameter for parameter in group["params"] if id(parameter) not in gone]
-        for parameter in group["params"]:
-            if id(parameter) in gone:
-                optimizer.state.pop(parameter, None)
-        if group["params"] and not left:  # a group that the user left empty is not ours to remove
-            emptied.append(id(group))
-        group["params"] = left
-    optimizer.param_groups[:] = [group for group in optimizer.param_groups if id(group) not in emptied]

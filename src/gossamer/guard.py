@@ -14,6 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from gossamer import optimizers
 from gossamer.errors import ConfigurationError, OrderError
 from gossamer.masks import MaskedTensor
+from gossamer.method import Method
 from gossamer.targets import Target
 
 ORDER = (
@@ -95,6 +96,49 @@ def check_unwrapped(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             raise OrderError(f"{name}: is already sharded; {ORDER}")
+
+
+def check_claims(methods: Sequence[Method]) -> None:
+    """Raise where a weight is claimed twice, or cannot be trained, or a method cannot share the model."""
+    owner: dict[str, Method] = {}
+    for method in methods:
+        if method.over_all and len(methods) > 1:
+            raise ConfigurationError(
+                f"{method!r}: over='all' counts every other weight as dense, and another method is attached beside it; "
+                "give each its sparsity over='targets'"
+            )
+        for target in method.claims():
+            if target.name in owner:
+                raise ConfigurationError(
+                    f"{target.name}: belongs to both {owner[target.name]!r} and {method!r}; give them `targets` that "
+                    "do not overlap"
+                )
+            owner[target.name] = method
+            if not target.parameter.requires_grad:
+                raise ConfigurationError(
+                    f"{target.name}: is frozen (requires_grad=False) and would not be trained; leave it out with "
+                    f"targets=['!{target.name}'], or prune it with gossamer.prune"
+                )
+    check_unclaimed(target.parameter for method in methods for target in method.claims())
+
+
+def check_follow(methods: Sequence[Method], optimizer: object) -> list[optim.Optimizer]:
+    """Unwrap optimizers and check that every masked weight is in exactly one of them."""
+    given = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
+    found = [optimizers.unwrap(each) for each in given]
+    holders: dict[int, int] = {}
+    for each in found:
+        for parameter in optimizers.parameters(each):
+            holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+    for method in methods:
+        for held in method.holdings():
+            count = holders.get(id(held.parameter), 0)
+            if count != 1:
+                raise OrderError(
+                    f"{held.name}: is in {count} of the {len(found)} optimizers given, must be in one (wrapping a "
+                    f"model may replace its parameters); {ORDER}"
+                )
+    return found
 
 
 def _refuse_unfollowed(optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

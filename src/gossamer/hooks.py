@@ -62,8 +62,7 @@ class StepHooks:
 
     def claims(self) -> list[Target | MaskedTensor]:
         """What belongs to the methods, by name and parameter, whether its masks are hard already or not."""
-        hard = {tensor.name: tensor for tensor in self.tensors()}
-        return [hard.get(target.name, target) for method in self._methods for target in method.claims()]
+        return [each for method in self._methods for each in method.holdings()]
 
     def follow(self, found: list[optim.Optimizer]) -> None:
         """Hook into these optimizers instead of those followed before."""
@@ -90,6 +89,7 @@ class StepHooks:
             optimizer.defaults = dict(optimizer.defaults)
         self.optimizers, self._handles = [], []
         self._left_out.clear()
+        self._loaded.clear()
         self.attached = False
         guard.release(self)
 

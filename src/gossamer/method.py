@@ -84,6 +84,11 @@ class Method(ABC):
         """
         return [tensor.target for tensor in self.tensors]
 
+    def holdings(self) -> list[Target | MaskedTensor]:
+        """The claims, each as its masked tensor where its mask is hard: then the parameter is the present one."""
+        hard = {tensor.name: tensor for tensor in self.tensors}
+        return [hard.get(target.name, target) for target in self.claims()]
+
     def install(self) -> None:
         """Change the model: first masks, hooks, parametrizations. Called once, after every method was bound."""
 

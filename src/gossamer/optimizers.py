@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -136,3 +136,30 @@ def _active_mean(tensor: MaskedTensor, values: Tensor, kept: Tensor) -> Tensor:
     if tensor.process_group is not None:
         dist.all_reduce(sums, group=tensor.process_group)
     return (sums[0] / sums[1].clamp(min=1)).to(values.dtype)
+
+
+def move_to_own_groups(groups: Sequence[dict[str, Any]], found: Sequence[optim.Optimizer]) -> None:
+    """Give learned parameters optimizer groups of their own, out of groups whose weight decay is not for them."""
+    if not groups:
+        return
+    learned = {id(parameter) for group in groups for parameter in group["params"]}
+    # Muon takes matrices only, so of several optimizers the last other one.
+    home = next((each for each in reversed(found) if not isinstance(each, optim.Muon)), found[-1])
+    for optimizer in found:
+        drop_parameters(optimizer, learned)
+    for group in groups:
+        home.add_param_group(dict(group))
+
+
+def drop_parameters(optimizer: optim.Optimizer, gone: set[int]) -> None:
+    """Take parameters, by identity, out of an optimizer with their state and the groups that they leave empty."""
+    emptied = []
+    for group in optimizer.param_groups:
+        left = [parameter for parameter in group["params"] if id(parameter) not in gone]
+        for parameter in group["params"]:
+            if id(parameter) in gone:
+                optimizer.state.pop(parameter, None)
+        if group["params"] and not left:  # a group that the user left empty is not ours to remove
+            emptied.append(id(group))
+        group["params"] = left
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if id(group) not in emptied]

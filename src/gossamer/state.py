@@ -117,22 +117,20 @@ def restore(methods: Sequence[Method], state: Mapping[str, Any]) -> None:
 def _check_masks(method: Method, state: Mapping[str, Any]) -> dict[str, Tensor]:
     """Check the form of a method's saved masks; returns this rank's part of each."""
     masks, shapes = _by_name(state["masks"]), _by_name(state["shapes"])
-    hard = {tensor.name: tensor for tensor in method.tensors}
     found = {}
-    for target in method.claims():
-        mask, listed = masks.get(_strip(target.name)), shapes.get(_strip(target.name))
+    for each in method.holdings():
+        mask, listed = masks.get(_strip(each.name)), shapes.get(_strip(each.name))
         if mask is None:
             continue
-        parameter = hard.get(target.name, target).parameter
-        here = tuple(parameter.shape)
+        here = tuple(each.parameter.shape)
         shape = tuple(listed) if isinstance(listed, Sequence) else listed
         if shape != here or not is_packed(mask, here):
             form = f"{tuple(mask.shape)}, {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
             raise StateError(
-                f"sparsity state: the mask of {target.name} is for shape {shape} (packed {form}), the weight has "
+                f"sparsity state: the mask of {each.name} is for shape {shape} (packed {form}), the weight has "
                 f"{here} (packed {packed_shape(here)}, torch.uint8)"
             )
-        found[target.name] = unpack_like(mask, parameter)
+        found[each.name] = unpack_like(mask, each.parameter)
     return found
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from gossamer.method import Method
+from gossamer.method import MaskedTensor, Method
 from gossamer.targets import parameter_count
 
 
@@ -102,14 +102,13 @@ def summarize(model: nn.Module, methods: Sequence[Method], learned: Collection[i
 
 
 def _rows(method: Method) -> Iterator[dict[str, Any]]:
-    hard = {tensor.name: tensor for tensor in method.tensors}
-    for target in method.claims():
-        tensor = hard.get(target.name)
-        shape = target.parameter.shape if tensor is None else tensor.shape
+    for each in method.holdings():
+        tensor = each if isinstance(each, MaskedTensor) else None
+        shape = each.parameter.shape if tensor is None else tensor.shape
         total = prod(shape)
         active = total if tensor is None else tensor.active
         yield {
-            "name": target.name,
+            "name": each.name,
             "shape": list(shape),
             "method": method.name,
             "structure": "soft" if tensor is None else tensor.structure,
