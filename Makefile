@@ -14,6 +14,7 @@ help:
 
 demo: $(READY)
 	@$(BIN)/gossamer train fashion_mnist --fallback digits
+	@echo "to go on: source $(BIN)/activate, then gossamer recipes, or gossamer train --help"
 
 test: $(READY)
 	@$(BIN)/python -m pytest -q

@@ -36,6 +36,9 @@ def test_shell_blocks_of_a_page_are_make_targets_or_commands_that_run(page, tmp_
         program, *arguments = shlex.split(line, comments=True) or [""]
         if program == "make":
             assert arguments[0] in targets
+        elif program == "source":
+            makefile = (ROOT / "Makefile").read_text()
+            assert arguments == [f"{re.search('VENV := (.*)', makefile)[1]}/bin/activate"]
         elif program:
             assert program == "gossamer", f"{page.name}: {line}"
             done = subprocess.run(

@@ -1,5 +1,8 @@
 """An optimizer that would train masked weights without their masks is stopped before it changes anything."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -68,3 +71,11 @@ def test_after_the_end_any_optimizer_may_train_the_weights(end):
     with_gradients(model)
     sgd(model).step()
     assert model.weight.count_nonzero() == 16
+
+
+def test_who_only_imports_gossamer_has_no_hook_on_optimizers():
+    program = (
+        "from torch.optim import Optimizer; import gossamer; "
+        "raise SystemExit(len(Optimizer.profile_hook_step.__globals__['_global_optimizer_pre_hooks']))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

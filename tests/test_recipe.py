@@ -113,6 +113,8 @@ def refusal(*changes: tuple[str, str]) -> str:
         ("epochs: 8", "epochs: " + "9" * 5000, "t.yaml:13:", "cannot be read as int"),
         ("epochs: 8", "epochs: 1:30", "t.yaml:13: epochs:", "must be a valid integer, got '1:30'"),
         (TEXT, "[" * 10_000, "t.yaml:1:", "not valid YAML: nested too deeply"),
+        ("epochs: 8", "epochs: 8\n~: 6", "t.yaml:14: None:", "unknown key"),
+        ("epochs: 8", "epochs: 8\ntrue: 6", "t.yaml:14: True:", "unknown key"),
         ("description: a test", "a: [1", "t.yaml:2:", "not valid YAML"),
         ("description: a test", "a: !!python/name:os.system", "t.yaml:1:", "not valid YAML"),
         (TEXT, "- a list", "t.yaml:1:", "expected a mapping"),
@@ -158,6 +160,13 @@ def test_a_step_that_cannot_work_is_refused_once_the_length_of_the_run_is_known(
         ("schedule=cosine", "schedule: must be a mapping of keys to values, such as {type: cosine}, got 'cosine'"),
         ("methods." + "9" * 5000 + "=1", "methods is a list of 2, it has no item '999"),
         ("0=1", "command line '0=1': 0: unknown key"),
+        ("optimizer.lr=1e39", "optimizer.lr: expected a number that weights can be multiplied by, got 1e+39"),
+        ("\udcff=1", r"command line '\udcff=1': is no UTF-8 text"),
+        ("methods.0={type: set, sparsity: 0.9, drop_score: size}", "methods.0.drop_score: SET: drop_score: got 'size'"),
+        (
+            "methods.0={type: rigl, sparsity: 0.9, skip_step: 'no'}",
+            "methods.0.skip_step: RigL: skip_step: expected True or False, got 'no'",
+        ),
         ("epoch=3", "command line 'epoch=3': epoch: unknown key; did you mean 'epochs'?"),
         ("schedule={type: cosine, final: 2}", "schedule.final: must be less than or equal to 1, got 2"),
     ],
@@ -167,6 +176,21 @@ def test_an_override_that_cannot_work_is_refused_as_such(override, said):
         parse_recipe("t.yaml", TEXT, [override])
     assert str(caught.value).startswith("command line")
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "place"),
+    [
+        ("optimizer.nesterov=true", "t.yaml:8 with 'optimizer.nesterov=true' on the command line: optimizer: SGD:"),
+        ("epochs=9", "t.yaml:8: optimizer: SGD:"),
+    ],
+)
+def test_an_error_of_a_whole_section_tells_what_was_changed_in_it(override, place):
+    text = TEXT.replace("  momentum: 0.9", "  nesterov: true") if override == "epochs=9" else TEXT
+    text = text.replace("  momentum: 0.9\n", "")
+    with pytest.raises(ConfigurationError) as caught:
+        parse_recipe("t.yaml", text, [override])
+    assert str(caught.value).startswith(place)
 
 
 def test_overrides_change_values_at_any_depth_and_add_keys():

@@ -275,6 +275,7 @@ def torch_pruned():
         (lambda: nn.ReLU(), None, "no weight to make sparse in ReLU with targets=None: the default takes"),
         (Lookup, "table", r"table: has dtype torch.int64.*targets=\['!table'\]"),
         (lambda: nn.Linear(3, 3, dtype=torch.complex64), None, "weight: has dtype torch.complex64"),
+        (lambda: nn.Linear(3, 3).to(torch.float8_e4m3fn), None, "weight: has dtype torch.float8.*16, 32 or 64 bits"),
         (lambda: nn.Linear(3, 3, device="meta"), None, "weight: is on the meta device.*to_empty"),
         (lambda: nn.Sequential(nn.LazyLinear(3)), None, "0.weight: the layer is lazy.*run one forward first"),
         (lambda: nn.Sequential(nn.Linear(3, 3), nn.LazyLinear(3)), None, "1.weight: the layer is lazy"),

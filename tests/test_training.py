@@ -1,6 +1,8 @@
 import json
 import math
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -197,6 +199,27 @@ def test_a_run_interrupted_three_times_ends_as_one_that_was_not(tmp_path, monkey
         parts.summary,
     )
     assert [each["epoch"] for each in parts.history] == [1, 2, 3, 4]
+
+
+def test_a_run_is_not_continued_by_two_processes_at_a_time(tmp_path, monkeypatch):
+    interrupted(monkeypatch, 30, lambda: train(small(), tmp_path / "run", progress=False))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    program = (
+        "import sys; from gossamer.recipe import load_recipe; from gossamer.run_folder import RunFolder, recipe_of\n"
+        "recipe = recipe_of(sys.argv[1])\n"
+        "with RunFolder(sys.argv[1], recipe, recipe.seeds[0]).locked(): print('locked', flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", program, tmp_path / "run"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert other.stdout.readline() == b"locked\n"
+        with pytest.raises(ConfigurationError, match="another process trains this run; wait for it, or stop it"):
+            train(small(), tmp_path / "run", progress=False, resume=True)
+    finally:
+        other.communicate()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    assert train(small(), tmp_path / "run", progress=False, resume=True).epochs == 4
 
 
 def test_a_network_with_batch_norm_and_dropout_continues_to_the_bit(tmp_path, monkeypatch):

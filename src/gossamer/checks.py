@@ -28,6 +28,12 @@ def check_number(name: str, value: object, low: float, high: float, *, open_high
         raise ConfigurationError(f"{name}: expected a number in [{low:g}, {high:g}{end}, got {value!r}")
 
 
+def check_boolean(name: str, value: object) -> None:
+    """Raise a ConfigurationError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"{name}: expected True or False, got {value!r}")
+
+
 def closest(name: str, allowed: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the nearest allowed name, or an empty string."""
     spelled = {each.lower(): each for each in allowed}

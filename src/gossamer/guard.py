@@ -6,9 +6,11 @@ import weakref
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn, optim
 from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gossamer import optimizers
@@ -46,6 +48,7 @@ _names: MutableMapping[Tensor, str] = (
     WeakIdKeyDictionary()
 )  # name of every masked Parameter, also after the handle was dropped
 _passed: weakref.WeakKeyDictionary[optim.Optimizer, tuple[int, int]] = weakref.WeakKeyDictionary()
+_looking: list[RemovableHandle] = []  # the hook of all optimizers, from the first mask on
 _generation = 0  # moves on with every change of `_live`, so that an optimizer is looked at once and not at every step
 
 
@@ -53,6 +56,8 @@ def watch(keeper: Keeper) -> None:
     """Begin to watch over a keeper's weights, or take note that its optimizers changed."""
     global _generation
     _generation += 1
+    if not _looking:  # who imports gossamer and attaches nothing is left alone
+        _looking.append(register_optimizer_step_pre_hook(torch.compiler.disable(_refuse_unfollowed)))  # type: ignore[no-untyped-call]
     _live.add(keeper)
     for each in keeper.claims():
         _names[each.parameter] = each.name
@@ -166,6 +171,3 @@ def _refuse_unfollowed(optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs
             "sparsity.follow(optimizer)"
         )
     _passed[optimizer] = state
-
-
-register_optimizer_step_pre_hook(_refuse_unfollowed)

@@ -14,6 +14,7 @@ import copy
 import itertools
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -69,8 +70,10 @@ class StepHooks:
         self.release()
         self.optimizers = found
         for optimizer in found:
-            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
-            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+            # A compiled `optimizer.step` runs these as they are, between its graphs.
+            before, after = (torch.compiler.disable(hook) for hook in (self._before_step, self._after_step))  # type: ignore[no-untyped-call]
+            self._handles.append(optimizer.register_step_pre_hook(before))
+            self._handles.append(optimizer.register_step_post_hook(after))
             optimizer.defaults = guard.FollowedDefaults(optimizer.defaults)
             if not optimizers.is_elementwise(optimizer):
                 self._handles.append(optimizer.register_load_state_dict_post_hook(self._note_loaded))
@@ -189,7 +192,7 @@ class StepHooks:
     def _before_step(
         self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if _within_own_step(optimizer):
+        if _is_no_step(optimizer):
             return None
         index = self._index(optimizer)
         self._held(optimizer)
@@ -258,7 +261,7 @@ class StepHooks:
         return any(proposal.skip_step for _, proposal in proposals)
 
     def _after_step(self, optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _within_own_step(optimizer):
+        if _is_no_step(optimizer):
             return
         index = self._index(optimizer)
         self._left_out.discard(index)
@@ -300,15 +303,21 @@ class StepHooks:
             guard.watch(self)
 
 
-def _within_own_step(optimizer: optim.Optimizer) -> bool:
-    """Whether this hook runs within another step of the same optimizer.
+def _is_no_step(optimizer: optim.Optimizer) -> bool:
+    """Whether this hook runs though no step is made, or within one that its hook runs for already.
 
     torch runs the hooks of a subclass and of its base class, where both define `step` and the one calls the other.
+    Its functions for distributed checkpoints step an optimizer that has no state yet, with learning rates of zero, to
+    have it make one: often between the loading of weights and that of masks.
     """
-    frame = sys._getframe(2)
-    code, outer = frame.f_code, frame.f_back
-    while outer is not None:
-        if outer.f_code is code and outer.f_locals.get("args", (None,))[0] is optimizer:
+    steps = 0
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        module, name = frame.f_globals.get("__name__"), frame.f_code.co_name
+        if module == "torch.optim.optimizer":
+            args = frame.f_locals.get("args")
+            steps += isinstance(args, tuple) and len(args) > 0 and args[0] is optimizer  # this one is the first
+        if steps > 1 or (module == "torch.distributed.checkpoint.state_dict" and name == "_init_optim_state"):
             return True
-        outer = outer.f_back
+        frame = frame.f_back
     return False

@@ -86,6 +86,8 @@ class OptimizerRecipe(Named):
         refuse_unknown(self.arguments, [key for key in known if key not in ("params", *CAPTURED)])
         for key, value in self.arguments.items():
             refuse_other_kind(key, value, known[key].default)
+            if isinstance(value, int | float) and abs(value) > torch.finfo(torch.float32).max:
+                refuse(key, f"expected a number that weights can be multiplied by, got {value!r:.40}")
             if key in ("foreach", "fused") and not isinstance(value, bool | None):
                 refuse(key, f"expected true, false or null, got {value!r}")
         weight = nn.Parameter(torch.zeros(1, 1))

@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from gossamer.checkpoint import load_tree, save_tree, sweep, write_text
 from gossamer.errors import ConfigurationError, StateError, reason
 from gossamer.recipe import Recipe, load_recipe
@@ -28,6 +30,8 @@ RECIPE, METRICS, UPDATES, CHECKPOINT, SUMMARY = (
     "checkpoint.safetensors",
     "summary.json",
 )
+
+LOCK = ".lock"
 
 _NEEDED = {METRICS: {"epoch", "seconds"}, UPDATES: {"epoch"}}  # keys of a line that a resumed run uses
 
@@ -70,6 +74,32 @@ class RunFolder:
         if self.path != self._root and _recipe_text(self._root) != self._recipe.to_yaml():
             check_free(self._root)
         self.path.mkdir(parents=True, exist_ok=True)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from training in this folder.
+
+        Raises:
+            ConfigurationError: One does, or nothing can be written here.
+        """
+        lock = FileLock(self.path / LOCK, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ConfigurationError(f"{self.path}: another process trains this run; wait for it, or stop it") from None
+        except NotImplementedError:  # a file system without locks
+            yield
+            return
+        except OSError as error:
+            raise ConfigurationError(
+                f"{self.path}: {error.strerror}; a run goes on in its own folder, make that writable or copy it"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+            with contextlib.suppress(OSError):
+                (self.path / LOCK).unlink(missing_ok=True)
 
     def record(self, metrics: Mapping[str, Any], updates: Sequence[Mapping[str, Any]], state: Any) -> None:
         """Add an epoch: its metrics and mask updates, both with the key `epoch`, and the state after it.

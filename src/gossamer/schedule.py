@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 
 from gossamer.checks import check_integer
 from gossamer.errors import ConfigurationError
@@ -16,6 +17,9 @@ class Schedule(ABC):
 
     end: int | None = None
     """The last step at which an update can be due, where there is one."""
+
+    shortest: int | None = None
+    """The least number of steps from one update to the next, where it is known."""
 
     @abstractmethod
     def due(self, step: int) -> bool:
@@ -40,6 +44,7 @@ class Periodic(Schedule):
         if self.until is not None:
             check_integer("until", self.until, at_least=self.begin + 1)
         object.__setattr__(self, "end", self.until)
+        object.__setattr__(self, "shortest", self.every)
 
     def due(self, step: int) -> bool:
         """See `Schedule.due`."""
@@ -76,6 +81,7 @@ class EpochPeriods(Schedule):
         if self.until is not None:
             check_integer("until", self.until, at_least=1)
             object.__setattr__(self, "end", self.until * self.steps_per_epoch)
+        object.__setattr__(self, "shortest", min(self.periods.values()))
 
     def due(self, step: int) -> bool:
         """See `Schedule.due`."""
@@ -99,9 +105,9 @@ def as_schedule(every: int | Schedule, begin: int = 0, until: int | None = None)
     return Periodic(every, begin, until)
 
 
-def cubic_ramp(step: int, begin: int, end: int, initial: float, final: float) -> float:
-    """`s_t = s_f + (s_i - s_f)(1 - (t - t_0)/(t_1 - t_0))³`, constant outside (Zhu & Gupta, 2017, eq. 1)."""
-    left = 1.0 - min(max((step - begin) / (end - begin), 0.0), 1.0)
+def cubic_ramp(step: int, begin: int, end: int, initial: Fraction, final: Fraction) -> Fraction:
+    """`s_t = s_f + (s_i - s_f)(1 - (t - t_0)/(t_1 - t_0))³`, constant outside (Zhu & Gupta, 2017, eq. 1); exact."""
+    left = 1 - min(max(Fraction(step - begin, end - begin), Fraction(0)), Fraction(1))
     return final + (initial - final) * left**3
 
 

@@ -115,8 +115,8 @@ SCORES: dict[str, Score] = {
 }
 
 
-def as_score(score: str | Score) -> Score:
-    """Look up a score by name; a function is returned as it is.
+def as_score(score: str | Score, name: str = "score") -> Score:
+    """Look up a score by name; a function is returned as it is. `name` is what the argument is called in messages.
 
     Raises:
         ConfigurationError: An unknown name.
@@ -125,7 +125,7 @@ def as_score(score: str | Score) -> Score:
         return score
     if not isinstance(score, str) or score not in SCORES:
         raise ConfigurationError(
-            f"score: got {score!r}; allowed are {', '.join(map(repr, SCORES))}, or a function of a View"
+            f"{name}: got {score!r}; allowed are {', '.join(map(repr, SCORES))}, or a function of a View"
             + closest(str(score), SCORES)
         )
     return SCORES[score]

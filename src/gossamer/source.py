@@ -102,6 +102,11 @@ class Source:
                     return f"command line {override!r}"
                 break
             node, line = found
+        # What is wrong with a whole section may be wrong with what the command line changed in it.
+        section = keys[:-1] if isinstance(node, yaml.ScalarNode) else keys
+        changed = [repr(text) for key, text in self._overrides.items() if section and key[: len(section)] == section]
+        if changed and (section == keys or keys[-1] in ("name", "type")):
+            return f"{self.name}:{line + 1} with {', '.join(changed)} on the command line"
         return f"{self.name}:{line + 1}"
 
     def _child(self, node: yaml.Node, key: str | int) -> tuple[yaml.Node, int] | None:
@@ -110,11 +115,14 @@ class Source:
                 return node.value[key], node.value[key].start_mark.line
         elif isinstance(node, yaml.MappingNode):
             for key_node, value in node.value:
-                if key_node.value == str(key):
+                is_null = str(key) == "None" and key_node.tag.endswith(":null")
+                if is_null or key_node.value.lower() == str(key).lower():
                     return value, key_node.start_mark.line
         return None
 
     def _apply(self, override: str) -> None:
+        if any("\ud800" <= character <= "\udfff" for character in override):
+            raise ConfigurationError(f"command line {override!a}: is no UTF-8 text")
         dotted, equals, text = override.partition("=")
         if not equals or not dotted:
             raise ConfigurationError(f"command line {override!r}: expected key=value, for example optimizer.lr=0.05")

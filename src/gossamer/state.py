@@ -64,7 +64,7 @@ def check(methods: Sequence[Method], state: Mapping[str, Any]) -> None:
         raise StateError(f"sparsity state: masks are by parameter name, got {_brief(unknown[0])}; the file is damaged")
     if state["second_moment"] not in SECOND_MOMENTS:
         raise StateError(f"sparsity state: 'second_moment' is {_brief(state['second_moment'])}; the file is damaged")
-    if state["step"] < 0:
+    if type(state["step"]) is bool or not 0 <= state["step"] < 1 << 62:
         raise StateError(f"sparsity state: 'step' is {state['step']}, expected a number of steps; the file is damaged")
     for each in state["methods"]:
         if not isinstance(each, Mapping) or not all(isinstance(each.get(key), Mapping) for key in _PARTS):
@@ -123,11 +123,11 @@ def _check_masks(method: Method, state: Mapping[str, Any]) -> dict[str, Tensor]:
         if mask is None:
             continue
         here = tuple(each.parameter.shape)
-        shape = tuple(listed) if isinstance(listed, Sequence) else listed
-        if shape != here or not is_packed(mask, here):
+        shape = tuple(listed) if isinstance(listed, Sequence) and all(type(n) is int for n in listed) else listed
+        if not isinstance(shape, tuple) or shape != here or not is_packed(mask, here):
             form = f"{tuple(mask.shape)}, {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
             raise StateError(
-                f"sparsity state: the mask of {each.name} is for shape {shape} (packed {form}), the weight has "
+                f"sparsity state: the mask of {each.name} is for shape {_brief(shape)} (packed {form}), the weight has "
                 f"{here} (packed {packed_shape(here)}, torch.uint8)"
             )
         found[each.name] = unpack_like(mask, each.parameter)

@@ -34,6 +34,9 @@ WEIGHTED = (
 )
 """The module types whose weights are targets without being named."""
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The types of weights that can be masked: those that torch can add and rank."""
+
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """The name parts that `torch.compile`, FSDP and activation checkpointing put into parameter names."""
 
@@ -222,9 +225,10 @@ def _check(target: Target) -> None:
         )
     if parameter.numel() == 0:
         raise ConfigurationError(f"{target.name}: has shape {tuple(parameter.shape)} and no weight to mask; exclude it")
-    if not parameter.is_floating_point():
+    if parameter.dtype not in FLOATS:
         raise ConfigurationError(
-            f"{target.name}: has dtype {parameter.dtype}; only real floating-point weights can be masked, "
+            f"{target.name}: has dtype {parameter.dtype}; only real floating-point weights of 16, 32 or "
+            f"64 bits can be masked, "
             f"exclude it with targets=['!{target.name}']"
         )
     if parameter.device.type == "meta":

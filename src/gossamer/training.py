@@ -103,11 +103,13 @@ def train(
             return Result(**(saved | {"summary": Summary(**saved["summary"])}), history=folder.metrics())
         except (KeyError, TypeError) as error:
             raise folder.damaged_summary(reason(error)) from None
-    with _surroundings(recipe):
+    with _surroundings(recipe), contextlib.ExitStack() as stack:
         run = Run(recipe.with_seeds([seed]), seed)
         history: list[dict[str, Any]] = []
         writes = folder is not None and run.accelerator.is_main_process
         if folder is not None and resume:
+            if writes:
+                stack.enter_context(folder.locked())
             if (state := folder.restore()) is not None:
                 try:
                     run.load_state_dict(state)
@@ -119,6 +121,7 @@ def train(
             history = folder.metrics()
         elif folder is not None and writes:
             folder.create()
+            stack.enter_context(folder.locked())
         console = stdout_console() if progress and run.accelerator.is_main_process else None
         if console is not None and seed == recipe.seeds[0]:
             console.print(*run.describe(), sep="\n", highlight=False, soft_wrap=True)

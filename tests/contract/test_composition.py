@@ -321,6 +321,19 @@ def test_a_compiled_model_is_compiled_once_and_has_the_masks_of_the_plain_one(
     assert counter.compilations == 1, "a change of the masks compiled the model again"
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own imports
+@pytest.mark.parametrize("method", [pytest.param(row, id=row.id) for row in METHODS])
+def test_a_compiled_optimizer_step_gives_the_masks_of_the_plain_one(method: MethodRow) -> None:
+    torch._dynamo.reset()
+    plain, run = start(method, optimizer="sgd-momentum"), start(method, optimizer="sgd-momentum")
+    step = torch.compile(run.optimizers[0].step, backend="eager")
+    plain.train(6)
+    for number in range(6):
+        backward(run.model, number)
+        step()
+    assert everything(run) == everything(plain)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own imports
 def test_inductor_keeps_the_zeros_and_recompiles_nothing() -> None:
     torch._dynamo.reset()

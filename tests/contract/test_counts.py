@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from decimal import Decimal
+from fractions import Fraction
 from math import floor
 
 import pytest
@@ -197,15 +199,25 @@ def test_gradual_pruning_is_exact_at_every_step_of_its_ramp(distribution: str, s
     model = nn.Sequential(*(nn.Linear(7, 7) for _ in range(12)))
     sparsity = gs.attach(model, gs.GMP(0.8, end=20, every=1, distribution=distribution, structure=structure))
     weights = 12 * 49
-    final = weights // 5
+    final = Fraction(weights // 5)
     size = 1 if structure == "element" else 7
     rowwise = []
     for step in range(1, 21):
         sparsity._hooks.step = step
         sparsity.update()
-        left = (1 - step / 20) ** 3
+        left = (1 - Fraction(step, 20)) ** 3
         asked = final // size * size + (weights - final // size * size) * left
         rowwise.append(sum(int(mask.sum()) for mask in sparsity.masks().values()))
-        assert asked - size < rowwise[-1] <= asked + 1e-6
+        assert asked - size < rowwise[-1] <= asked
         assert rowwise[-1] % size == 0
     assert rowwise == sorted(rowwise, reverse=True)
+
+
+def test_every_layer_keeps_a_weight_in_a_global_ranking_where_all_scores_are_equal() -> None:
+    model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(3)))
+    with torch.no_grad():
+        for layer in model[1:]:
+            layer.weight.fill_(math.inf)
+    gs.prune(model, 0.9)
+    assert [int(layer.weight.count_nonzero()) >= 1 for layer in model] == [True] * 3
+    assert sum(int(layer.weight.count_nonzero()) for layer in model) == 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import json
 import pickle
 from collections.abc import Callable
@@ -14,6 +15,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 import gossamer as gs
 from gossamer.checkpoint import load_tree, save_tree
@@ -27,6 +34,7 @@ from .tables import (
     Run,
     TinyNet,
     everything,
+    snapshot,
     start,
 )
 
@@ -279,6 +287,12 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "mask no tensor": (edited(lambda s: s["masks"].update({"head.weight": [1, 2]})), r"head\.weight"),
     "a bit too many": (edited(_set_one_more_bit), r"masks have 217 active weights, their budget is 216"),
     "step negative": (edited(lambda s: s.update(step=-1)), r"step.*-1"),
+    "step true": (edited(lambda s: s.update(step=True)), r"'step' is True"),
+    "step absurd": (edited(lambda s: s.update(step=2**70)), r"'step' is 1180591620717411303424"),
+    "tensors in a shape": (
+        edited(lambda s: s["shapes"].update({"head.weight": [torch.ones(2), 16]})),
+        r"head\.weight is for shape \[tensor",
+    ),
     "step no number": (edited(lambda s: s.update(step="five")), r"step.*'five'"),
     "method config missing": (edited(lambda s: s["methods"][0].pop("config")), r"config"),
     "method state missing": (edited(lambda s: s["methods"][0].pop("state")), r"state"),
@@ -325,8 +339,70 @@ def test_a_damaged_state_is_refused_and_changes_nothing(row: MethodRow, damage: 
 
 
 @pytest.mark.parametrize(
+    ("method", "steps"),
+    [(gs.GMP(0.75, every=2, end=8), 10), (gs.GMP(0.75, every=2, end=8), 5), (gs.DSR(0.75, every=2), 5)],
+    ids=["gradual pruning, ended", "gradual pruning", "dsr"],
+)
+def test_a_mask_with_other_counts_than_when_it_was_saved_is_refused(method: gs.Method, steps: int) -> None:
+    run = start(method).train(steps)
+    before = everything(run)
+    for byte in (0, 255):
+        state = copy.deepcopy(run.sparsity.state_dict())
+        state["masks"]["hidden.weight"][1:] = byte
+        with pytest.raises(gs.StateError, match=r"the saved masks have .* active weights"):
+            run.sparsity.load_state_dict(state)
+    assert everything(run) == before
+
+
+def test_gradual_pruning_resumed_with_an_earlier_end_ends_at_once() -> None:
+    run = start(gs.GMP(0.75, every=4, end=40)).train(20)
+    state = run.sparsity.state_dict()
+    assert run.sparsity.density() > 0.26
+    late = start(gs.GMP(0.75, every=4, end=10))
+    updates: list[gs.MaskUpdate] = []
+    late.sparsity.load_state_dict(state)
+    late.sparsity.on_update(updates.append)
+    late.train(6)
+    assert late.sparsity.density() == 0.25
+    assert [update.step for update in updates] == [21]
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(("model", "optimizer", "sparsity"))), ids="-".join)
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.id) for row in METHODS])
+def test_state_loads_in_any_order_through_the_functions_of_torch_for_checkpoints(
+    row: MethodRow, order: tuple[str, ...]
+) -> None:
+    # They step an optimizer that has no state, so that it makes one.
+    run = start(row).train(5)
+    parts = {
+        "model": copy.deepcopy(get_model_state_dict(run.model)),
+        "optimizer": copy.deepcopy(get_optimizer_state_dict(run.model, run.optimizers)),
+        "sparsity": copy.deepcopy(run.sparsity.state_dict()),
+    }
+    again = start(row, seed=1)
+    for part in order:
+        if part == "model":
+            set_model_state_dict(again.model, parts["model"])
+        elif part == "optimizer":
+            set_optimizer_state_dict(again.model, again.optimizers, parts["optimizer"])
+        else:
+            again.sparsity.load_state_dict(parts["sparsity"])
+    assert everything(again) == everything(run)
+    assert everything(again.train(range(5, 9))) == everything(run.train(range(5, 9)))
+
+
+def test_asking_for_the_state_of_a_fresh_optimizer_is_no_step() -> None:
+    run = start(gs.DSR(0.75, every=1, threshold=0.1))
+    masks = snapshot(run.sparsity.masks())
+    get_optimizer_state_dict(run.model, run.optimizers)
+    assert run.sparsity.step == 0
+    assert snapshot(run.sparsity.masks()) == masks
+
+
+@pytest.mark.parametrize(
     ("method", "key", "value"),
     [
+        (gs.GMP(0.75, end=9), "ended", None),
         (gs.DSR(0.75), "threshold", None),
         (gs.DSR(0.75), "threshold", -1.0),
         (gs.DSR(0.75), "threshold", float("nan")),
@@ -342,7 +418,8 @@ def test_a_state_without_what_its_method_keeps_is_refused_and_changes_nothing(
     state = run.sparsity.state_dict()
     state["methods"][0]["state"][key] = value
     before = everything(run)
-    with pytest.raises(gs.StateError, match={"threshold": "saved threshold", "first": "start of the ramp"}[key]):
+    messages = {"threshold": "saved threshold", "first": "start of the ramp", "ended": "whether the ramp has ended"}
+    with pytest.raises(gs.StateError, match=messages[key]):
         run.sparsity.load_state_dict(state)
     assert everything(run) == before
 

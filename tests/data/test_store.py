@@ -43,6 +43,9 @@ def test_the_folder_is_the_first_that_is_given(nowhere, monkeypatch):
         ("DATAPATH=~/x", "~/x"),
         ("export\tDATAPATH=/a/b", "/a/b"),
         ("\ufeffDATAPATH=/a/b", "/a/b"),
+        ("DATAPATH=$HOME/data", "~/data"),
+        ('DATAPATH="${HOME}/data"', "~/data"),
+        ("DATAPATH='/a/$b'", "/a/$b"),
         ("NAME=\udce9\nDATAPATH=/a/b", "/a/b"),
         ("DATAPATH=/a/\udce9", "/a/\udce9"),
     ],
@@ -50,6 +53,12 @@ def test_the_folder_is_the_first_that_is_given(nowhere, monkeypatch):
 def test_dotenv_lines_are_read_as_shells_read_them(nowhere, text, expected):
     (nowhere / ".env").write_text(text, encoding="utf-8", errors="surrogateescape")
     assert data.folder() == Path(expected).expanduser()
+
+
+def test_a_variable_that_is_not_set_is_refused(nowhere):
+    (nowhere / ".env").write_text("DATAPATH=${NOT_SET_HERE}/data")
+    with pytest.raises(DataError, match=r"DATAPATH: \$\{NOT_SET_HERE\} of .* in \.env is not set"):
+        data.folder()
 
 
 @pytest.mark.parametrize("content", [b"DATAPATH=", b"DATAPATHS=/x", b"\xff\xfe", b"DATAPATH"])

@@ -39,7 +39,7 @@ def folder(root: str | os.PathLike[str] | None = None) -> Path:
     current directory; `gossamer/data` in the user's cache (XDG_CACHE_HOME, else `~/.cache`).
 
     Raises:
-        DataError: What is given cannot be a folder's name.
+        DataError: What is given cannot be a folder's name, or names a variable that is not set.
     """
     given = root or os.environ.get("DATAPATH") or _from_dotenv(Path(".env"))
     if given:
@@ -65,7 +65,16 @@ def _from_dotenv(path: Path) -> str | None:
             value = match[1].strip()
             quoted = value[:1] in ("'", '"')
             found = value[1:].partition(value[0])[0] if quoted else value.partition(" #")[0].rstrip()
+            found = found if value[:1] == "'" else _expanded(found)
     return found or None
+
+
+def _expanded(value: str) -> str:
+    """A value of `.env` with `$NAME` and `${NAME}` replaced, as a shell does."""
+    expanded = os.path.expandvars(value)
+    if unset := re.search(r"\$(\w+|\{\w*\}?)", expanded):
+        raise DataError(f"DATAPATH: {unset[0]} of {value!r} in .env is not set; set it, or give the folder itself")
+    return expanded
 
 
 def faults(entry: Entry, place: Path) -> dict[File, str]:

@@ -49,7 +49,7 @@ class DropGrow(MaskMethod):
         super()._check()
         self._schedule = as_schedule(self.every, until=self.until)
         check_number("drop_fraction", self.drop_fraction, 0, 1, open_high=True)
-        as_score(self.drop_score)
+        as_score(self.drop_score, "drop_score")
 
     def due(self, step: int) -> bool:
         """See `Method.due`."""

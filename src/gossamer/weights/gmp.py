@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gossamer.checks import check_number
+from gossamer.checks import check_integer, check_number
 from gossamer.distribution import Distribution, allocate, apportion_groups
 from gossamer.errors import ConfigurationError, StateError
 from gossamer.groups import changes
@@ -51,6 +51,8 @@ class GMP(MaskMethod):
 
     def _check(self) -> None:
         super()._check()
+        check_integer("begin", self.begin, at_least=0)
+        check_integer("end", self.end, at_least=self.begin + 1)
         self._schedule = Periodic(self.every, self.begin, self.end)
         check_number("initial_sparsity", self.initial_sparsity, 0, 1, open_high=True)
         if self.sparsity is not None and self.initial_sparsity > self.sparsity:
@@ -61,11 +63,13 @@ class GMP(MaskMethod):
 
     def due(self, step: int) -> bool:
         """See `Method.due`."""
-        return self._schedule.due(step) or step == self.end
+        # A run that is resumed with an earlier end than it was saved with has its last pruning at once.
+        return self._schedule.due(step) or (step >= self.end and not self._ended)
 
     def update(self, step: int, state: StateOf) -> Proposal:
         """See `Method.update`."""
-        counts = self._counts_at(Fraction(cubic_ramp(step, self.begin, self.end, 1.0, 0.0)))
+        counts = self._counts_at(cubic_ramp(step, self.begin, self.end, Fraction(1), Fraction(0)))
+        self._ended = step >= self.end
         alive = self._alive()
         prune_to(self.groups, alive, counts, as_score(self.score), state, self.p)
         return Proposal(changes(self.groups, alive))
@@ -73,6 +77,7 @@ class GMP(MaskMethod):
     def _start(self, given: list[tuple[Tensor, int]] | None) -> list[tuple[Tensor, int]]:
         masks = given or [(groups.alive(), groups.total) for groups in self.groups]
         self._to = self._counts(self.sparsity)
+        self._ended = False
         if given is None and self.initial_sparsity:
             self.masks_from_weights = True
             alive = [each for each, _ in masks]
@@ -136,11 +141,16 @@ class GMP(MaskMethod):
 
     def state_dict(self) -> dict[str, Any]:
         """See `Method.state_dict`."""
-        return super().state_dict() | {"first": self._from}
+        return super().state_dict() | {"first": self._from, "ended": self._ended}
 
     def check_state(self, state: Mapping[str, Any], masks: Mapping[str, Tensor]) -> None:
         """See `Method.check_state`."""
         super().check_state(state, masks)
+        if not isinstance(state.get("ended"), bool):
+            raise StateError(
+                f"{self.name}: whether the ramp has ended is saved as {state.get('ended')!r}, expected True or False; "
+                "the file is damaged"
+            )
         first = state.get("first")
         most = sum(groups.total for groups in self.groups)
         listed = first if isinstance(first, list) else []
@@ -154,3 +164,4 @@ class GMP(MaskMethod):
         """See `Method.load_state_dict`."""
         super().load_state_dict(state)
         self._from = list(state["first"])
+        self._ended = state["ended"]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.checks import MAX_SEED, check_integer, check_number
+from gossamer.checks import MAX_SEED, check_boolean, check_integer, check_number
 from gossamer.distribution import Distribution, allocate, budget
 from gossamer.errors import ConfigurationError, StateError
 from gossamer.groups import Groups, changes, divide
@@ -68,8 +68,7 @@ class MaskMethod(Method):
         check_integer("seed", self.seed, at_least=0, at_most=MAX_SEED)
         if self.over not in ("targets", "all"):
             raise ConfigurationError(f"over: got {self.over!r}; allowed are 'targets' and 'all'")
-        if not isinstance(self.rescale, bool):
-            raise ConfigurationError(f"rescale: expected True or False, got {self.rescale!r}")
+        check_boolean("rescale", self.rescale)
         if isinstance(self.structure, str):
             as_structure(self.structure)
 
@@ -116,7 +115,8 @@ class MaskMethod(Method):
 
     def state_dict(self) -> dict[str, Any]:
         """See `Method.state_dict`."""
-        return {"generator": self.generator.get_state(), "budget": self.budget}
+        active = [tensor.active for tensor in self.tensors]
+        return {"generator": self.generator.get_state(), "budget": self.budget, "active": active}
 
     def check_state(self, state: Mapping[str, Any], masks: Mapping[str, Tensor]) -> None:
         """See `Method.check_state`."""
@@ -158,6 +158,12 @@ class MaskMethod(Method):
             raise StateError(
                 f"{self.name}: the saved masks have {active} active weights, their budget is {budget}; the file is "
                 "damaged, use an earlier one"
+            )
+        found = count_over_shards(self.tensors, [masks[tensor.name].count_nonzero() for tensor in self.tensors])
+        if (noted := state.get("active")) != found:
+            raise StateError(
+                f"{self.name}: the saved masks have {found} active weights, and when they were saved {noted!r:.200}; "
+                "the file is damaged, use an earlier one"
             )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -270,7 +276,10 @@ class MaskMethod(Method):
                 raise ConfigurationError(f"masks: got {masks!r}; allowed are 'zeros' or a mapping name → mask")
             return (local(tensor.parameter) != 0).to(torch.int8).neg_()
         if tensor.name not in masks:
-            raise ConfigurationError(f"masks: none for {tensor.name}; there are {sorted(masks)}")
+            raise ConfigurationError(
+                f"masks: none for {tensor.name}; there are {sorted(masks)}; give it one, or choose only weights that "
+                "have masks, with targets=list(masks)"
+            )
         kept = masks[tensor.name].to(tensor.mask.device) != 0
         if tuple(kept.shape) != tensor.shape:
             raise ConfigurationError(f"masks: {tensor.name} has shape {tensor.shape}, its mask {tuple(kept.shape)}")

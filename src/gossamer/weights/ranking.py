@@ -119,8 +119,11 @@ def prune_to(
     drops: int | list[int]
     if len(counts) == 1:
         best = largest(groups, [each.clone() for each in scores], [1] * len(groups))
-        for each, top in zip(scores, best, strict=True):
-            each.index_fill_(0, top, torch.inf)
+        others = [torch.ones_like(each, dtype=torch.bool) for each in scores]
+        for other, top in zip(others, best, strict=True):
+            other.index_fill_(0, top, False)
+        index = [each[other] for each, other in zip(index, others, strict=True)]
+        scores = [each[other] for each, other in zip(scores, others, strict=True)]
         drops = max(0, sum(active) - counts[0])
     else:
         drops = [max(0, now - wanted) for now, wanted in zip(active, counts, strict=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
 
+from gossamer.checks import check_boolean
 from gossamer.errors import ConfigurationError
 from gossamer.method import Proposal, StateOf
 from gossamer.schedule import cosine_decay
@@ -32,8 +33,11 @@ class RigL(DropGrow):
 
     def _check(self) -> None:
         super()._check()
-        if self.skip_step and self.every == 1:
-            raise ConfigurationError("every=1 with skip_step=True leaves out every step; give a longer period")
+        check_boolean("skip_step", self.skip_step)
+        if self.skip_step and self._schedule.shortest == 1:
+            raise ConfigurationError(
+                f"every={self.every!r} with skip_step=True leaves out every step; give a longer period"
+            )
 
     def update(self, step: int, state: StateOf) -> Proposal:
         """See `Method.update`."""
