@@ -315,7 +315,7 @@ def test_help_fits_a_screen_and_names_every_option():
 
 
 def test_two_processes_train_one_network_and_report_once():
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "gossamer"]
     done = subprocess.run(
         [*command, "train", "digits", *QUICK], capture_output=True, text=True, env=environment, check=False
@@ -326,3 +326,22 @@ def test_two_processes_train_one_network_and_report_once():
     summary = json.loads(Path("runs/digits-1/summary.json").read_text())
     assert summary["steps"] == 2 * (1293 // 64)  # ranks share whole batches only
     assert summary["summary"]["totals"]["targets_sparsity"] == pytest.approx(0.9, abs=1e-4)
+
+
+def test_a_run_of_one_process_goes_on_in_two():
+    process = start("train", "digits", "epochs=30", "--out", "parts", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("epoch 2/30"):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.communicate()
+    assert process.returncode == 3
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "gossamer"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "train", "--resume", "parts"], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in Path("parts/metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == list(range(1, 31))
+    assert json.loads(Path("parts/summary.json").read_text())["summary"]["totals"]["targets_active"] == 5020

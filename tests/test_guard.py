@@ -79,3 +79,20 @@ def test_who_only_imports_gossamer_has_no_hook_on_optimizers():
         "raise SystemExit(len(Optimizer.profile_hook_step.__globals__['_global_optimizer_pre_hooks']))"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_an_optimizer_that_wraps_a_followed_one_is_named():
+    class Lookahead(torch.optim.Optimizer):
+        def __init__(self, inner):
+            self.inner = inner
+            super().__init__(inner.param_groups, {})
+
+        def step(self, closure=None):
+            self.inner.step()
+
+    model = nn.Linear(4, 4)
+    inner = sgd(model)
+    gs.attach(model, gs.SET(0.5), inner)
+    with_gradients(model)
+    with pytest.raises(gs.OrderError, match=r"follow was called with SGD, but another optimizer, Lookahead, trains it"):
+        Lookahead(inner).step()

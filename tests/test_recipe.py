@@ -183,10 +183,14 @@ def test_an_override_that_cannot_work_is_refused_as_such(override, said):
     [
         ("optimizer.nesterov=true", "t.yaml:8 with 'optimizer.nesterov=true' on the command line: optimizer: SGD:"),
         ("epochs=9", "t.yaml:8: optimizer: SGD:"),
+        (
+            "optimizer.name=Adam",
+            "t.yaml:11 with 'optimizer.name=Adam' on the command line: optimizer.nesterov: unknown",
+        ),
     ],
 )
 def test_an_error_of_a_whole_section_tells_what_was_changed_in_it(override, place):
-    text = TEXT.replace("  momentum: 0.9", "  nesterov: true") if override == "epochs=9" else TEXT
+    text = TEXT.replace("  momentum: 0.9", "  nesterov: true") if override != "optimizer.nesterov=true" else TEXT
     text = text.replace("  momentum: 0.9\n", "")
     with pytest.raises(ConfigurationError) as caught:
         parse_recipe("t.yaml", text, [override])

@@ -163,6 +163,12 @@ def _refuse_unfollowed(optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs
             if (keeper := next(mine, None)) is not None and keeper.adopt is not None and not keeper.optimizers:
                 keeper.adopt(optimizer)
                 return
+            if keeper is not None and keeper.optimizers:
+                followed = ", ".join(type(each).__name__ for each in keeper.optimizers)
+                raise OrderError(
+                    f"{name}: has a mask, and sparsity.follow was called with {followed}, but another optimizer, "
+                    f"{type(optimizer).__name__}, trains it too; a weight has one, which wraps no other"
+                )
             raise OrderError(f"{name}: has a mask, but no sparsity.follow(optimizer) was called; {ORDER}")
     if isinstance(optimizer.defaults, FollowedDefaults) and not following:
         raise OrderError(

@@ -276,6 +276,7 @@ def _accelerator(recipe: Recipe) -> Accelerator:
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         AcceleratorState._reset_state()  # Accelerate keeps the first precision of a process for all later runs
     try:
-        return Accelerator(mixed_precision=precision)
+        # Unless told so, Accelerate takes several processes on a machine without accelerators for runs of their own.
+        return Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
     except ValueError as error:
         raise recipe.error(("precision",), error) from None

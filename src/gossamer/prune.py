@@ -17,6 +17,12 @@ from gossamer.targets import Selection, plain_name
 from gossamer.weights.gmp import GMP
 
 
+class _AtOnce(GMP):
+    """Gradual pruning without a training, which could not leave frozen weights for later."""
+
+    _frozen_too = True
+
+
 @torch.no_grad()
 def prune(
     model: nn.Module,
@@ -52,7 +58,7 @@ def prune(
         ConfigurationError: As for `attach`; or the score needs gradients and there are none.
         NonFiniteError: A score is NaN.
     """
-    method = GMP(
+    method = _AtOnce(
         sparsity,
         end=1,
         score=score,

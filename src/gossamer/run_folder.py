@@ -114,15 +114,17 @@ class RunFolder:
                 os.fsync(file.fileno())
         save_tree(self.path / CHECKPOINT, state)
 
-    def restore(self) -> Any:
+    def restore(self, clean: bool = True) -> Any:
         """The state of the last checkpoint, or None where there is none.
 
-        Lines of later epochs and what a killed process left behind are removed.
+        Args:
+            clean: Whether to remove lines of later epochs and what a killed process left behind: for one process only.
 
         Raises:
             StateError: The checkpoint is damaged, or lines of epochs before it are damaged or missing.
         """
-        sweep(self.path)
+        if clean:
+            sweep(self.path)
         state = load_tree(self.path / CHECKPOINT) if (self.path / CHECKPOINT).exists() else None
         last = 0
         if state is not None:
@@ -137,7 +139,7 @@ class RunFolder:
                 f"those of {epochs}; use an earlier copy of the folder"
             )
         for name, records in kept.items():
-            if (self.path / name).exists():
+            if clean and (self.path / name).exists():
                 write_text(self.path / name, "".join(line for line, _ in records))
         return state
 

@@ -102,10 +102,10 @@ class Source:
                     return f"command line {override!r}"
                 break
             node, line = found
-        # What is wrong with a whole section may be wrong with what the command line changed in it.
+        # What is wrong with one part of a section may be wrong because of what the command line changed beside it.
         section = keys[:-1] if isinstance(node, yaml.ScalarNode) else keys
         changed = [repr(text) for key, text in self._overrides.items() if section and key[: len(section)] == section]
-        if changed and (section == keys or keys[-1] in ("name", "type")):
+        if changed:
             return f"{self.name}:{line + 1} with {', '.join(changed)} on the command line"
         return f"{self.name}:{line + 1}"
 

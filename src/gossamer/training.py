@@ -110,7 +110,9 @@ def train(
         if folder is not None and resume:
             if writes:
                 stack.enter_context(folder.locked())
-            if (state := folder.restore()) is not None:
+            with run.accelerator.main_process_first():
+                state = folder.restore(clean=writes)
+            if state is not None:
                 try:
                     run.load_state_dict(state)
                 except StateError:

@@ -507,3 +507,29 @@ def test_masks_are_right_for_every_weight_after_moves_of_memory_and_dtype() -> N
             for _, weight, mask in weights(run.model, run.sparsity.masks()):
                 assert not bits(weight)[~mask].any()
         assert sum(int(mask.sum()) for mask in run.sparsity.masks().values()) == 216
+
+
+@pytest.mark.parametrize(
+    ("method", "distribution"),
+    [
+        pytest.param(row, name, id=f"{row.id}-{name}")
+        for row in METHODS
+        for name in ("erk", "global")[: 1 + (row.id == "gmp")]
+    ],
+)
+def test_layers_frozen_midway_keep_their_weights_and_masks(method: MethodRow, distribution: str) -> None:
+    run = start(method.make(distribution=distribution)).train(3)
+    run.model.hidden.requires_grad_(False)
+    frozen = run.model.hidden.weight.detach().clone()
+    masks = run.sparsity.masks()
+    run.train(range(3, 12))
+    run.sparsity.update() if method.id != "rigl" else None
+    assert run.model.hidden.weight.equal(frozen)
+    assert run.sparsity.masks()["hidden.weight"].equal(masks["hidden.weight"])
+    if method.id not in ("static",):
+        assert any(not mask.equal(masks[name]) for name, mask in run.sparsity.masks().items())
+    run.model.hidden.requires_grad_(True)
+    run.train(range(12, 16))
+    active = sum(int(mask.sum()) for mask in run.sparsity.masks().values())
+    assert active == int(0.25 * sum(mask.numel() for mask in masks.values()))
+    assert_zeros(run.model, run.sparsity.masks())

@@ -160,6 +160,22 @@ def loader_and_state():
     return BatchLoader(split_of(12), 4, shuffle=True, augment=Augment(crop=1), seed=1), loader.state_dict()
 
 
+def test_between_epochs_a_state_fits_whether_the_last_batch_is_dropped_or_not():
+    saved, other = (
+        BatchLoader(split_of(10), 4, shuffle=True, drop_last=drop, seed=int(drop)) for drop in (False, True)
+    )
+    first = next(iter(saved))
+    with pytest.raises(StateError, match="saved with drop_last=False, but this loader has drop_last=True"):
+        other.load_state_dict(saved.state_dict())
+    for _ in range(2):
+        *_, last = saved
+    assert len(last[1]) == 2
+    other.load_state_dict(saved.state_dict())
+    batches = [labels.tolist() for _, labels in other]
+    assert batches == [labels.tolist() for _, labels in saved][:2]
+    assert first is not None
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -57,7 +57,10 @@ def test_dotenv_lines_are_read_as_shells_read_them(nowhere, text, expected):
 
 def test_a_variable_that_is_not_set_is_refused(nowhere):
     (nowhere / ".env").write_text("DATAPATH=${NOT_SET_HERE}/data")
-    with pytest.raises(DataError, match=r"DATAPATH: \$\{NOT_SET_HERE\} of .* in \.env is not set"):
+    with pytest.raises(DataError, match=r"DATAPATH: \$\{NOT_SET_HERE\} of .* in \.env is no variable"):
+        data.folder()
+    (nowhere / ".env").write_text('DATAPATH="$HOME"/data')
+    with pytest.raises(DataError, match=r"DATAPATH: .* in \.env goes on after its quotes"):
         data.folder()
 
 

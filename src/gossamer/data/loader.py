@@ -156,8 +156,9 @@ class BatchLoader:
             raise StateError(f"BatchLoader: not the state of a loader: {error}") from error
         if not isinstance(settings, dict):
             raise StateError(f"BatchLoader: 'settings' of the state is {settings!r}; expected a mapping")
+        between = position == 0  # then a last batch may be left out from now on: several processes need that
         for key, value in self._settings().items():
-            if settings.get(key) != value:
+            if settings.get(key) != value and not (between and key == "drop_last"):
                 raise StateError(
                     f"BatchLoader: saved with {key}={settings.get(key)!r}, but this loader has {key}={value!r}; "
                     "make it with the saved settings"

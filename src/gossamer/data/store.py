@@ -64,7 +64,11 @@ def _from_dotenv(path: Path) -> str | None:
         if match := _DOTENV_LINE.match(line):
             value = match[1].strip()
             quoted = value[:1] in ("'", '"')
-            found = value[1:].partition(value[0])[0] if quoted else value.partition(" #")[0].rstrip()
+            found, _, rest = value[1:].partition(value[0]) if quoted else (value.partition(" #")[0].rstrip(), "", "")
+            if rest.strip() and not rest.lstrip().startswith("#"):
+                raise DataError(
+                    f"DATAPATH: {value!r} in .env goes on after its quotes; put all of it into them, or none"
+                )
             found = found if value[:1] == "'" else _expanded(found)
     return found or None
 
@@ -72,8 +76,10 @@ def _from_dotenv(path: Path) -> str | None:
 def _expanded(value: str) -> str:
     """A value of `.env` with `$NAME` and `${NAME}` replaced, as a shell does."""
     expanded = os.path.expandvars(value)
-    if unset := re.search(r"\$(\w+|\{\w*\}?)", expanded):
-        raise DataError(f"DATAPATH: {unset[0]} of {value!r} in .env is not set; set it, or give the folder itself")
+    if unset := re.search(r"\$(\w+|\{[^}]*\}?)", expanded):
+        raise DataError(
+            f"DATAPATH: {unset[0]} of {value!r} in .env is no variable of the environment; give the folder itself"
+        )
     return expanded
 
 

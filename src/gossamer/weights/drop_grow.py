@@ -64,7 +64,9 @@ class DropGrow(MaskMethod):
         fraction = self.fraction(step)
         alive = self._alive()
         active = self._active()
-        drops = [int(fraction * count) for count in active]
+        drops = [
+            int(fraction * count) if trained else 0 for count, trained in zip(active, self._trained(), strict=True)
+        ]
         if self.grow_score is not None and getattr(as_score(self.grow_score), "needs_gradient", False):
             # A layer that took no part in this step (a branch, an expert) has nothing to grow by and keeps its mask.
             trained = [all(t.parameter.grad is not None for t in groups.tensors) for groups in self.groups]

@@ -151,7 +151,10 @@ class DSR(MaskMethod):
         index, norms = scores_of_active(self.groups, alive, magnitude, state, self.p)
         below = count_over_shards(self.groups, [(norm < self.threshold).sum() for norm in norms])
         # The largest survives even where all are below the threshold: an empty tensor cuts the network in two.
-        counts = [min(low, now - 1) for low, now in zip(below, active, strict=True)]
+        counts = [
+            min(low, now - 1) if trained else 0
+            for low, now, trained in zip(below, active, self._trained(), strict=True)
+        ]
         self._pruned = drop(self.groups, alive, index, norms, counts)
         self._before = active
         self._last_pruned = self._weights(counts)
@@ -161,7 +164,10 @@ class DSR(MaskMethod):
         pruned = self._pruned or [mask.new_empty(0, dtype=torch.int64) for mask in alive]
         self._pruned = None
         lost = count_over_shards(self.groups, [torch.tensor(len(gone), device=gone.device) for gone in pruned])
-        rooms = [each.total - now - gone for each, now, gone in zip(self.groups, active, lost, strict=True)]
+        rooms = [
+            each.total - now - gone if trained else 0
+            for each, now, gone, trained in zip(self.groups, active, lost, self._trained(), strict=True)
+        ]
         free = [(mask == 0).index_fill_(0, gone, False) for mask, gone in zip(alive, pruned, strict=True)]
         if self.groups[0].cell is not None:  # every cell, and so every tensor, gets back what it lost
             grow(self.groups, alive, free, rooms, lost, self.generator)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from fractions import Fraction
+from itertools import compress
 from math import floor
 from typing import Any
 
@@ -63,15 +64,23 @@ class GMP(MaskMethod):
 
     def due(self, step: int) -> bool:
         """See `Method.due`."""
-        # A run that is resumed with an earlier end than it was saved with has its last pruning at once.
-        return self._schedule.due(step) or (step >= self.end and not self._ended)
+        # After the end where something is left to prune: a run resumed with an earlier end, or weights frozen by then.
+        late = step >= self.end and not self._ended and (step - self.end) % self.every == 0
+        return self._schedule.due(step) or late
 
     def update(self, step: int, state: StateOf) -> Proposal:
         """See `Method.update`."""
         counts = self._counts_at(cubic_ramp(step, self.begin, self.end, Fraction(1), Fraction(0)))
-        self._ended = step >= self.end
-        alive = self._alive()
-        prune_to(self.groups, alive, counts, as_score(self.score), state, self.p)
+        alive, trained = self._alive(), self._trained()
+        self._ended = step >= self.end and all(trained)
+        if len(counts) == 1 and not all(trained):
+            whole = sum(groups.total for groups in self.groups)
+            counts = [counts[0] * sum(compress((groups.total for groups in self.groups), trained)) // whole]
+        elif len(counts) > 1:
+            counts = list(compress(counts, trained))
+        if any(trained):
+            groups, masks = list(compress(self.groups, trained)), list(compress(alive, trained))
+            prune_to(groups, masks, counts, as_score(self.score), state, self.p)
         return Proposal(changes(self.groups, alive))
 
     def _start(self, given: list[tuple[Tensor, int]] | None) -> list[tuple[Tensor, int]]:

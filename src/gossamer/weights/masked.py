@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field, fields
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,8 @@ class MaskMethod(Method):
     seed: int = 0
     rescale: bool = False
     tensors: list[MaskedTensor] = field(default_factory=list, init=False, repr=False)
+
+    _frozen_too: ClassVar[bool] = False  # whether weights that are not trained get new masks as well
 
     def __post_init__(self) -> None:
         with self._naming_itself():
@@ -298,6 +300,10 @@ class MaskMethod(Method):
         found = [(mask.view(-1, m).sum(1) < -n).count_nonzero() for _, mask, n, m in celled]
         groups = [each for each, *_ in celled]
         return list(zip(groups, count_over_shards(groups, found), strict=True))
+
+    def _trained(self) -> list[bool]:
+        """Whether the weights of each division are trained now; those that were frozen since keep their masks."""
+        return [self._frozen_too or all(t.parameter.requires_grad for t in each.tensors) for each in self.groups]
 
     def _alive(self) -> list[Tensor]:
         return [groups.alive() for groups in self.groups]
