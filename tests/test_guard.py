@@ -94,5 +94,5 @@ def test_an_optimizer_that_wraps_a_followed_one_is_named():
     inner = sgd(model)
     gs.attach(model, gs.SET(0.5), inner)
     with_gradients(model)
-    with pytest.raises(gs.OrderError, match=r"follow was called with SGD, but another optimizer, Lookahead, trains it"):
+    with pytest.raises(gs.OrderError, match=r"follow was called with SGD, not with the Lookahead that"):
         Lookahead(inner).step()

@@ -166,8 +166,9 @@ def _refuse_unfollowed(optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs
             if keeper is not None and keeper.optimizers:
                 followed = ", ".join(type(each).__name__ for each in keeper.optimizers)
                 raise OrderError(
-                    f"{name}: has a mask, and sparsity.follow was called with {followed}, but another optimizer, "
-                    f"{type(optimizer).__name__}, trains it too; a weight has one, which wraps no other"
+                    f"{name}: has a mask, and sparsity.follow was called with {followed}, not with the "
+                    f"{type(optimizer).__name__} that steps now; call sparsity.follow(optimizer) to follow that instead "
+                    "(an optimizer that wraps another cannot be followed)"
                 )
             raise OrderError(f"{name}: has a mask, but no sparsity.follow(optimizer) was called; {ORDER}")
     if isinstance(optimizer.defaults, FollowedDefaults) and not following:

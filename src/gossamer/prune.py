@@ -17,7 +17,7 @@ from gossamer.targets import Selection, plain_name
 from gossamer.weights.gmp import GMP
 
 
-class _AtOnce(GMP):
+class Prune(GMP):
     """Gradual pruning without a training, which could not leave frozen weights for later."""
 
     _frozen_too = True
@@ -58,7 +58,7 @@ def prune(
         ConfigurationError: As for `attach`; or the score needs gradients and there are none.
         NonFiniteError: A score is NaN.
     """
-    method = _AtOnce(
+    method = Prune(
         sparsity,
         end=1,
         score=score,
