@@ -167,7 +167,7 @@ def _refuse_unfollowed(optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs
                 followed = ", ".join(type(each).__name__ for each in keeper.optimizers)
                 raise OrderError(
                     f"{name}: has a mask, and sparsity.follow was called with {followed}, not with the "
-                    f"{type(optimizer).__name__} that steps now; call sparsity.follow(optimizer) to follow that instead "
+                    f"{type(optimizer).__name__} that steps now; call sparsity.follow with that one instead "
                     "(an optimizer that wraps another cannot be followed)"
                 )
             raise OrderError(f"{name}: has a mask, but no sparsity.follow(optimizer) was called; {ORDER}")
