@@ -533,3 +533,47 @@ def test_layers_frozen_midway_keep_their_weights_and_masks(method: MethodRow, di
     active = sum(int(mask.sum()) for mask in run.sparsity.masks().values())
     assert active == int(0.25 * sum(mask.numel() for mask in masks.values()))
     assert_zeros(run.model, run.sparsity.masks())
+
+
+@pytest.mark.parametrize("names", [("conv", "hidden"), ("conv", "hidden", "head")], ids=["some", "all"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        gs.SET(0.75, every=2, drop_score="gradient"),
+        gs.RigL(0.75, every=2),
+        gs.DSR(0.75, every=2, threshold=0.05),
+        gs.GMP(0.75, every=2, end=30, distribution="global"),
+    ],
+    ids=lambda method: method.name,
+)
+def test_training_goes_on_after_a_stretch_with_frozen_layers(method: gs.Method, names: tuple[str, ...]) -> None:
+    run = start(method).train(28)  # the ramp is almost at its end, and conv sparser than others in a global ranking
+    threshold = getattr(run.sparsity.methods[0], "threshold", None)
+    for name in names:
+        run.model.get_submodule(name).weight.requires_grad_(False)
+    before = {name: run.model.get_submodule(name).weight.detach().clone() for name in names}
+    run.train(range(28, 60))
+    for name in names:
+        assert run.model.get_submodule(name).weight.equal(before[name])
+    if threshold is not None and len(names) == 3:
+        assert run.sparsity.methods[0].threshold == threshold
+    again = start(method)
+    again.sparsity.load_state_dict(run.sparsity.state_dict())
+    run.model.requires_grad_(True)
+    run.train(range(60, 64))
+    assert sum(int(mask.sum()) for mask in run.sparsity.masks().values()) == 216
+
+
+def test_threshold_is_held_against_the_layers_that_are_trained() -> None:
+    model = nn.Sequential(nn.Linear(100, 100, bias=False), nn.Linear(100, 100, bias=False))
+    sparsity = gs.attach(model, gs.DSR(0.5, prune_fraction=0.02, threshold=0.01, targets=["0.*", "1.*"]))
+    model[0].requires_grad_(False)
+    with torch.no_grad():
+        for layer in model:  # 5,000 active weights each; 200 of both are below the threshold: 400 are intended
+            flat = layer.weight.view(-1)
+            flat[flat.nonzero().view(-1)] = torch.cat([torch.full((200,), 0.005), torch.full((4800,), 1.0)])
+    sparsity.update("prune")
+    sparsity.update("adjust_threshold")
+    assert sparsity.methods[0].threshold == 0.01
+    sparsity.update("reallocate")
+    assert [int(mask.sum()) for mask in sparsity.masks().values()] == [5000, 5000]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
+from itertools import compress
 from typing import ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from gossamer.checks import check_number
 from gossamer.errors import ConfigurationError
-from gossamer.groups import changes
+from gossamer.groups import Groups, changes
 from gossamer.method import Proposal, StateOf
 from gossamer.schedule import Schedule, as_schedule
 from gossamer.scores import Score, as_score
@@ -62,36 +63,39 @@ class DropGrow(MaskMethod):
     def update(self, step: int, state: StateOf) -> Proposal:
         """See `Method.update`."""
         fraction = self.fraction(step)
-        alive = self._alive()
-        active = self._active()
-        drops = [
-            int(fraction * count) if trained else 0 for count, trained in zip(active, self._trained(), strict=True)
-        ]
-        if self.grow_score is not None and getattr(as_score(self.grow_score), "needs_gradient", False):
+        trained = self._trained()
+        if any(trained) and self.grow_score is not None and getattr(as_score(self.grow_score), "needs_gradient", False):
             # A layer that took no part in this step (a branch, an expert) has nothing to grow by and keeps its mask.
-            trained = [all(t.parameter.grad is not None for t in groups.tensors) for groups in self.groups]
+            graded = [all(t.parameter.grad is not None for t in groups.tensors) for groups in self.groups]
+            trained = [each and has for each, has in zip(trained, graded, strict=True)]
             if not any(trained):
                 raise ConfigurationError(
                     f"{self.name}: no weight has a gradient to grow by; update between backward and zero_grad"
                 )
-            drops = [count if has else 0 for count, has in zip(drops, trained, strict=True)]
-        rooms = [groups.total - count for groups, count in zip(self.groups, active, strict=True)]
+        every = self._alive()
+        groups, alive = list(compress(self.groups, trained)), list(compress(every, trained))
+        active = list(compress(self._active(), trained))
+        drops = [int(fraction * count) for count in active]
+        rooms = [each.total - count for each, count in zip(groups, active, strict=True)]
         if not self.regrow_dropped:
             drops = [min(count, room) for count, room in zip(drops, rooms, strict=True)]
-        free = [mask == 0 for mask in alive]
-        index, scores = scores_of_active(self.groups, alive, as_score(self.drop_score), state, self.p)
-        drop(self.groups, alive, index, scores, drops)
-        if self.regrow_dropped:
+        if any(drops):
             free = [mask == 0 for mask in alive]
-            rooms = [room + count for room, count in zip(rooms, drops, strict=True)]
-        grow(self.groups, alive, free, rooms, drops, self._growth(drops, alive, state))
-        return Proposal(changes(self.groups, alive), {"drop_fraction": fraction})
+            index, scores = scores_of_active(groups, alive, as_score(self.drop_score), state, self.p)
+            drop(groups, alive, index, scores, drops)
+            if self.regrow_dropped:
+                free = [mask == 0 for mask in alive]
+                rooms = [room + count for room, count in zip(rooms, drops, strict=True)]
+            grow(groups, alive, free, rooms, drops, self._growth(groups, drops, alive, state))
+        return Proposal(changes(self.groups, every), {"drop_fraction": fraction})
 
-    def _growth(self, counts: Sequence[int], alive: Sequence[Tensor], state: StateOf) -> torch.Generator | list[Tensor]:
+    def _growth(
+        self, groups: Sequence[Groups], counts: Sequence[int], alive: Sequence[Tensor], state: StateOf
+    ) -> torch.Generator | list[Tensor]:
         if self.grow_score is None:
             return self.generator
         score = as_score(self.grow_score)
         return [
-            groups.scores(score, state, self.p) if count else torch.zeros(len(mask), device=mask.device)
-            for groups, mask, count in zip(self.groups, alive, counts, strict=True)
+            each.scores(score, state, self.p) if count else torch.zeros(len(mask), device=mask.device)
+            for each, mask, count in zip(groups, alive, counts, strict=True)
         ]

@@ -157,7 +157,10 @@ class DSR(MaskMethod):
         ]
         self._pruned = drop(self.groups, alive, index, norms, counts)
         self._before = active
-        self._last_pruned = self._weights(counts)
+        # Where layers are frozen, what the others pruned is held against their part of the intended number.
+        trained = self._weights([now if each else 0 for now, each in zip(active, self._trained(), strict=True)])
+        pruned = self._weights(counts)
+        self._last_pruned = pruned * self._weights(active) // trained if trained else round(self.intended)
         return [now - count for now, count in zip(active, counts, strict=True)]
 
     def _reallocate(self, alive: list[Tensor], active: list[int]) -> list[int]:

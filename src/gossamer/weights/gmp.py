@@ -74,8 +74,11 @@ class GMP(MaskMethod):
         alive, trained = self._alive(), self._trained()
         self._ended = step >= self.end and all(trained)
         if len(counts) == 1 and not all(trained):
-            whole = sum(groups.total for groups in self.groups)
-            counts = [counts[0] * sum(compress((groups.total for groups in self.groups), trained)) // whole]
+            # The others keep their share, or more where a frozen layer has less than its own.
+            totals = [groups.total for groups in self.groups]
+            frozen = sum(now for now, each in zip(self._active(), trained, strict=True) if not each)
+            share = counts[0] * sum(compress(totals, trained)) // sum(totals)
+            counts = [max(share, counts[0] - frozen)]
         elif len(counts) > 1:
             counts = list(compress(counts, trained))
         if any(trained):
