@@ -577,3 +577,37 @@ def test_threshold_is_held_against_the_layers_that_are_trained() -> None:
     assert sparsity.methods[0].threshold == 0.01
     sparsity.update("reallocate")
     assert [int(mask.sum()) for mask in sparsity.masks().values()] == [5000, 5000]
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.1])
+@pytest.mark.parametrize("frozen", ["all", "one"])
+def test_threshold_stays_where_nothing_can_be_pruned(frozen: str, tolerance: float) -> None:
+    model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 1, bias=False))
+    optimizer = optim.SGD(model.parameters(), lr=0.01)
+    masks = {"0.weight": torch.rand(64, 64) < 0.1, "1.weight": torch.arange(64)[None] == 3}
+    sparsity = gs.attach(model, gs.DSR(every=1, prune_fraction=0.00123, tolerance=tolerance), optimizer, masks=masks)
+    model[0].requires_grad_(False)
+    model[1].requires_grad_(frozen == "one")
+    for step in range(5):
+        x = torch.randn(4, 64, requires_grad=True)  # so that there is something to go back to where all is frozen
+        model(x).square().mean().backward()
+        optimizer.step()
+        assert sparsity.step == step + 1
+    assert sparsity.methods[0].threshold == 1e-3
+    again = copy.deepcopy(sparsity.state_dict())
+    sparsity.load_state_dict(again)
+    assert sparsity.methods[0].threshold == 1e-3
+
+
+def test_rigl_leaves_out_no_step_while_all_its_layers_are_frozen() -> None:
+    model = nn.Sequential(nn.Linear(10, 10), nn.BatchNorm1d(10), nn.Linear(10, 4))
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    gs.attach(model, gs.RigL(0.5, every=2), optimizer)
+    model[0].weight.requires_grad_(False)
+    model[2].weight.requires_grad_(False)
+    for step in range(4):
+        before = model[1].weight.detach().clone()
+        optimizer.zero_grad()
+        model(torch.randn(8, 10, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+        optimizer.step()
+        assert not model[1].weight.equal(before)

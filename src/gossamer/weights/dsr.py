@@ -109,7 +109,7 @@ class DSR(MaskMethod):
         )
         self._pruned: list[Tensor] | None = None
         self._before = [active for _, active in masks]
-        self._last_pruned = 0
+        self._last_pruned: int | None = 0
         return masks
 
     def due(self, step: int) -> bool:
@@ -159,8 +159,9 @@ class DSR(MaskMethod):
         self._before = active
         # Where layers are frozen, what the others pruned is held against their part of the intended number.
         trained = self._weights([now if each else 0 for now, each in zip(active, self._trained(), strict=True)])
+        left = sum(groups.size for groups, each in zip(self.groups, self._trained(), strict=True) if each)
         pruned = self._weights(counts)
-        self._last_pruned = pruned * self._weights(active) // trained if trained else round(self.intended)
+        self._last_pruned = pruned * self._weights(active) // trained if trained > left else None
         return [now - count for now, count in zip(active, counts, strict=True)]
 
     def _reallocate(self, alive: list[Tensor], active: list[int]) -> list[int]:
@@ -199,6 +200,8 @@ class DSR(MaskMethod):
 
     def _adjust(self) -> None:
         pruned = self._last_pruned
+        if pruned is None:  # nothing could go, so its number says nothing about the threshold
+            return
         if pruned > (1 + self.tolerance) * self.intended:
             self.threshold = max(self.threshold / self.gain, min(self.threshold, _THRESHOLDS[0]))
         elif pruned < (1 - self.tolerance) * self.intended:
@@ -226,7 +229,8 @@ class DSR(MaskMethod):
                 f"{self.name}: the saved threshold is {threshold!r}, expected a number above 0; the file is damaged"
             )
         before = state.get("before")
-        counts = [*(before if isinstance(before, list) else [None]), state.get("last_pruned")]
+        last = state.get("last_pruned", -1)
+        counts = [*(before if isinstance(before, list) else [None]), 0 if last is None else last]
         if len(counts) != len(self.groups) + 1 or any(type(count) is not int or count < 0 for count in counts):
             raise StateError(
                 f"{self.name}: the saved counts of the last update are {before!r:.100}; the file is damaged"

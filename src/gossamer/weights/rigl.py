@@ -42,7 +42,7 @@ class RigL(DropGrow):
     def update(self, step: int, state: StateOf) -> Proposal:
         """See `Method.update`."""
         proposal = super().update(step, state)
-        proposal.skip_step = self.skip_step
+        proposal.skip_step = self.skip_step and any(self._trained())
         return proposal
 
     def fraction(self, step: int) -> float:
