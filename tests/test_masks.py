@@ -11,7 +11,7 @@ from torch import nn
 
 from gossamer.groups import Groups, changes
 from gossamer.masks import Change, MaskedTensor, count_active, count_over_shards, enforce, pack, unpack
-from gossamer.structure import NM, Block, Element
+from gossamer.structure import NM, Block, Element, Layout
 from gossamer.targets import Target
 
 INTEGERS = {
@@ -112,7 +112,7 @@ def test_new_mask_prunes_at_once_and_reports_what_is_newly_active(structure, inp
         tensor.parameter.fill_(math.nan)  # what an optimizer may leave in pruned weights
     second = first.bitwise_not()
     grown, begun = tensor.apply(*changes([groups], [second]))
-    expected = structure.expand(second, (4, 6, 2), input_dim)
+    expected = structure.expand(second, 4, Layout((4, 6, 2), input_dim))
     assert grown.equal(expected)
     assert begun.equal(expected)
     assert tensor.mask.equal(expected)

@@ -14,7 +14,7 @@ from gossamer.errors import (
 )
 from gossamer.method import Change, MaskUpdate, Method, Proposal
 from gossamer.prune import import_torch_masks, prune
-from gossamer.structure import NM, Block, Element
+from gossamer.structure import ISS, NM, Block, Element
 from gossamer.summary import Summary
 from gossamer.weights import DSR, GMP, SET, RigL, Static
 
@@ -23,6 +23,7 @@ __version__ = version("gossamer")
 __all__ = [
     "DSR",
     "GMP",
+    "ISS",
     "NM",
     "SET",
     "Block",

@@ -43,7 +43,7 @@ class Share(Protocol):
 
     @property
     def size(self) -> int:
-        """Number of weights in a group."""
+        """Number of weights in a whole group."""
         ...
 
     @property
@@ -64,13 +64,15 @@ def active_weights(sparsity: float, total: int) -> int:
     return floor((1 - Fraction(str(sparsity))) * total)
 
 
-def budget(sparsity: float, shares: Sequence[Share], all_parameters: int, over: str) -> int:
+def budget(sparsity: float, shares: Sequence[Share], dense: int, over: str) -> int:
     """Number of active weights that `sparsity` allows in the tensors of `shares`.
+
+    Where groups at the edges of a weight are smaller than others, they count as whole ones here.
 
     Args:
         sparsity: Fraction of zeros, in [0, 1).
         shares: The tensors that become sparse.
-        all_parameters: Number of parameters of the whole model.
+        dense: Number of parameters of the model that stay dense.
         over: `"targets"` or `"all"`: what the fraction is taken of.
 
     Raises:
@@ -83,11 +85,10 @@ def budget(sparsity: float, shares: Sequence[Share], all_parameters: int, over: 
         raise ConfigurationError(
             f"over: got {over!r}; allowed are 'targets' and 'all'" + closest(str(over), ("targets", "all"))
         )
-    dense = all_parameters - total
-    left = active_weights(sparsity, all_parameters) - dense
+    left = active_weights(sparsity, dense + total) - dense
     if left < len(shares):
         raise ConfigurationError(
-            f"sparsity={sparsity} over all {all_parameters} parameters leaves {left} active weights for "
+            f"sparsity={sparsity} over all {dense + total} parameters leaves {left} active weights for "
             f"{len(shares)} sparse tensors, since {dense} parameters stay dense; choose a lower sparsity or "
             "over='targets'"
         )

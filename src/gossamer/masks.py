@@ -36,7 +36,7 @@ class MaskedTensor:
     Attributes:
         target: The weight, found by its owner, so that a replaced Parameter is seen.
         structure: What its mask is made of, for tables.
-        row_multiple: A shard of the weight must begin and end at a multiple of so many rows.
+        row_multiple: A shard of the weight must begin at a multiple of so many rows.
         shape: The weight's global shape.
         weights: Number of weights of the global weight.
         mask: int8 mask (−1 active, 0 pruned) of the part of the weight that this rank holds.
@@ -119,7 +119,7 @@ class MaskedTensor:
         rows[rank] = len(local(parameter))
         rows = sum_over_ranks(rows, group, local(parameter).device)
         multiple = self.row_multiple
-        if (rows % multiple).any():
+        if (rows.cumsum(0)[rows.cumsum(0) < self.shape[0]] % multiple).any():
             raise ConfigurationError(
                 f"{self.name}: structure {self.structure} needs shards of a multiple of {multiple} rows, but the ranks "
                 f"hold {rows.tolist()} of its {self.shape[0]} rows; shard over fewer ranks, or exclude this weight"

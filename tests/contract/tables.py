@@ -14,6 +14,7 @@ import torch
 from torch import nn, optim
 
 import gossamer as gs
+from gossamer.structure import Structure, as_structure
 
 STRUCTURES = ("element", "2:4", "block:4x1")
 SPARSITY = 0.75
@@ -31,8 +32,8 @@ class MethodRow:
     keeps_count: bool = True
     structures: tuple[str, ...] = STRUCTURES
 
-    def make(self, structure: str = "element", **overrides: Any) -> Any:
-        budget = {"sparsity": None if ":" in structure and not structure.startswith("block") else SPARSITY}
+    def make(self, structure: str | Structure = "element", **overrides: Any) -> Any:
+        budget = {"sparsity": None if as_structure(structure).cell else SPARSITY}
         return self.method(**budget | self.options | {"structure": structure} | overrides)
 
 

@@ -8,10 +8,10 @@ import torch
 import gossamer as gs
 
 from . import ranks
-from .training import METHODS, STRUCTURED, UPDATES, Run, adamw, run
+from .training import METHODS, PADDED, STRUCTURED, UPDATES, Run, adamw, run
 
 WRAPPERS = ("ddp", "fsdp")
-NAMES = (*METHODS, *STRUCTURED)
+NAMES = (*METHODS, *STRUCTURED, *PADDED)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CHANGING = [name for name in NAMES if name != "static"]
 GIVEN = [(name, "float32") for name in CHANGING] + [(name, "bfloat16") for name in ("rigl", "dsr", "gmp-global")]

@@ -191,6 +191,18 @@ SHARDINGS = {
         lambda: follow_sharded(nn.ConvTranspose2d(4, 8, 2), gs.SET(structure="2:4")),
         "ConfigurationError: weight: structure 2:4 needs shards of a multiple of 4 rows, but the ranks hold [",
     ),
+    "columns over two ranks": (
+        lambda: follow_sharded(nn.Linear(8, 12), gs.SET(0.5, structure="column")),
+        "ConfigurationError: weight: structure column needs shards of a multiple of 12 rows, but the ranks hold [6, 6]",
+    ),
+    "rows and columns over two ranks": (
+        lambda: follow_sharded(nn.Linear(8, 12), gs.SET(0.5, structure="row+column")),
+        "ConfigurationError: weight: structure row+column needs shards of a multiple of 12 rows",
+    ),
+    "hidden units over two ranks": (
+        lambda: follow_sharded(nn.GRU(4, 4), gs.SET(0.5, structure="iss")),
+        "ConfigurationError: weight_ih_l0: structure iss needs shards of a multiple of 12 rows",
+    ),
     "cells along whole rows": (lambda: follow_sharded(nn.Conv2d(4, 3, 2), gs.SET(structure="2:4")), "none"),
     "blocks within each rank": (
         lambda: follow_sharded(nn.Linear(6, 16), gs.SET(0.5, structure="block:4x2")),

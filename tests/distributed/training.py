@@ -271,12 +271,21 @@ STRUCTURED: dict[str, Callable[[], gs.Method]] = {
     "set block:2x2": lambda: gs.SET(0.6, structure="block:2x2", every=1),
     "rigl block:2x1": lambda: gs.RigL(0.6, structure="block:2x1", every=2),
     "dsr block:1x4": lambda: gs.DSR(0.6, structure="block:1x4", every=1, threshold=0.1, prune_fraction=0.05),
+    "set row": lambda: gs.SET(0.6, structure="row", every=1, drop_fraction=0.6, targets="!up*"),
+    "rigl kernel": lambda: gs.RigL(0.6, structure="kernel", every=2),
     "gmp block:1x4": lambda: gs.GMP(0.6, structure="block:1x4", end=UPDATES, every=1, distribution="global"),
 }
 
 
+PADDED: dict[str, Callable[[], gs.Method]] = {  # the rank that holds the last rows has a smaller block there
+    "dsr block:3x3:pad": lambda: gs.DSR(
+        0.6, structure="block:3x3:pad", every=1, threshold=0.1, prune_fraction=0.1, targets=["stem*", "up*"]
+    ),
+}
+
+
 def run(name: str, wrapper: str, **options: Any) -> Run:
-    """A run of a method of either table."""
-    if name in METHODS:
-        return Run(METHODS[name](), wrapper, **options)
+    """A run of a method of one of the tables."""
+    if name in METHODS or name in PADDED:
+        return Run((METHODS | PADDED)[name](), wrapper, **options)
     return Run(STRUCTURED[name](), wrapper, network=Even, **options)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gossamer.checks import check_number
 from gossamer.errors import ConfigurationError
-from gossamer.groups import Groups, changes
+from gossamer.groups import Groups
 from gossamer.method import Proposal, StateOf
 from gossamer.schedule import Schedule, as_schedule
 from gossamer.scores import Score, as_score
@@ -74,7 +74,7 @@ class DropGrow(MaskMethod):
                 )
         every = self._alive()
         groups, alive = list(compress(self.groups, trained)), list(compress(every, trained))
-        active = list(compress(self._active(), trained))
+        active = list(compress(self._active(every), trained))
         drops = [int(fraction * count) for count in active]
         rooms = [each.total - count for each, count in zip(groups, active, strict=True)]
         if not self.regrow_dropped:
@@ -87,7 +87,7 @@ class DropGrow(MaskMethod):
                 free = [mask == 0 for mask in alive]
                 rooms = [room + count for room, count in zip(rooms, drops, strict=True)]
             grow(groups, alive, free, rooms, drops, self._growth(groups, drops, alive, state))
-        return Proposal(changes(self.groups, every), {"drop_fraction": fraction})
+        return Proposal(self._changes(every), {"drop_fraction": fraction})
 
     def _growth(
         self, groups: Sequence[Groups], counts: Sequence[int], alive: Sequence[Tensor], state: StateOf

@@ -95,7 +95,8 @@ class DSR(MaskMethod):
 
     def _start(self, given: list[tuple[Tensor, int]] | None) -> list[tuple[Tensor, int]]:
         masks = super()._start(given)
-        weights = self.all_parameters if self.over == "all" else sum(tensor.weights for tensor in self.tensors)
+        whole = self._weights([groups.total for groups in self.groups])
+        weights = self.all_parameters if self.over == "all" else whole
         active = self._weights([count for _, count in masks])
         most = active - sum(groups.size for groups in self.groups)
         if self.prune_count is not None and self.prune_count > most:
@@ -126,26 +127,26 @@ class DSR(MaskMethod):
 
     def update(self, step: int, state: StateOf) -> Proposal:
         """See `Method.update`."""
-        alive, active = self._alive(), self._active()
-        active = self._prune(alive, active, state)
+        alive = self._alive()
+        active = self._prune(alive, self._active(alive), state)
         active = self._reallocate(alive, active)
         self._adjust()
         return self._proposal(alive, active)
 
     def _prune_alone(self, step: int, state: StateOf) -> Proposal:
         alive = self._alive()
-        return self._proposal(alive, self._prune(alive, self._active(), state))
+        return self._proposal(alive, self._prune(alive, self._active(alive), state))
 
     def _reallocate_alone(self, step: int, state: StateOf) -> Proposal:
         alive = self._alive()
-        return self._proposal(alive, self._reallocate(alive, self._active()))
+        return self._proposal(alive, self._reallocate(alive, self._active(alive)))
 
     def _adjust_alone(self, step: int, state: StateOf) -> Proposal:
         self._adjust()
         return Proposal([], {"threshold": self.threshold})
 
     def _proposal(self, alive: list[Tensor], active: list[int]) -> Proposal:
-        return Proposal(changes(self.groups, alive), {"threshold": self.threshold})
+        return Proposal(self._changes(alive), {"threshold": self.threshold})
 
     def _prune(self, alive: list[Tensor], active: list[int], state: StateOf) -> list[int]:
         index, norms = scores_of_active(self.groups, alive, magnitude, state, self.p)

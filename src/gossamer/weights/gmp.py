@@ -14,7 +14,6 @@ from torch import Tensor
 from gossamer.checks import check_integer, check_number
 from gossamer.distribution import Distribution, allocate, apportion_groups
 from gossamer.errors import ConfigurationError, StateError
-from gossamer.groups import changes
 from gossamer.method import Proposal, StateOf
 from gossamer.schedule import Periodic, cubic_ramp
 from gossamer.scores import Score, as_score
@@ -70,8 +69,9 @@ class GMP(MaskMethod):
 
     def update(self, step: int, state: StateOf) -> Proposal:
         """See `Method.update`."""
-        counts = self._counts_at(cubic_ramp(step, self.begin, self.end, Fraction(1), Fraction(0)))
         alive, trained = self._alive(), self._trained()
+        left = cubic_ramp(step, self.begin, self.end, Fraction(1), Fraction(0))
+        counts = self._counts_at(left, self._active(alive))
         self._ended = step >= self.end and all(trained)
         if len(counts) == 1 and not all(trained):
             # The others keep their share, or more where a frozen layer has less than its own.
@@ -84,7 +84,7 @@ class GMP(MaskMethod):
         if any(trained):
             groups, masks = list(compress(self.groups, trained)), list(compress(alive, trained))
             prune_to(groups, masks, counts, as_score(self.score), state, self.p)
-        return Proposal(changes(self.groups, alive))
+        return Proposal(self._changes(alive))
 
     def _start(self, given: list[tuple[Tensor, int]] | None) -> list[tuple[Tensor, int]]:
         masks = given or [(groups.alive(), groups.total) for groups in self.groups]
@@ -112,7 +112,7 @@ class GMP(MaskMethod):
                 )
         return masks
 
-    def _counts_at(self, left: Fraction) -> list[int]:
+    def _counts_at(self, left: Fraction, active: list[int]) -> list[int]:
         """Active groups where this fraction of the way is left: in all the largest number of weights not above it."""
         wanted = [final + (first - final) * left for first, final in zip(self._from, self._to, strict=True)]
         if len(wanted) < len(self.groups):
@@ -122,7 +122,7 @@ class GMP(MaskMethod):
         # What is above the end is split, so that no tensor falls below its end by rounding.
         sizes = [groups.size for groups in self.groups]
         above = [(count - final) * size for count, final, size in zip(wanted, self._to, sizes, strict=True)]
-        rooms = [max(0, groups.active - final) for groups, final in zip(self.groups, self._to, strict=True)]
+        rooms = [max(0, now - final) for now, final in zip(active, self._to, strict=True)]
         shares = apportion_groups(floor(sum(above)), above, rooms, sizes)
         return [final + share for final, share in zip(self._to, shares, strict=True)]
 

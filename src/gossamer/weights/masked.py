@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from gossamer.checks import MAX_SEED, check_boolean, check_integer, check_number
 from gossamer.distribution import Distribution, allocate, budget
+from gossamer.divide import divide
 from gossamer.errors import ConfigurationError, StateError
-from gossamer.groups import Groups, changes, divide
-from gossamer.masks import MaskedTensor, count_active, count_over_shards
+from gossamer.groups import Groups, changes
+from gossamer.masks import Change, MaskedTensor, count_active, count_over_shards
 from gossamer.method import Masks, Method
 from gossamer.structure import Structure, as_structure
 from gossamer.targets import Selection, local, parameter_count, select
@@ -47,7 +48,7 @@ class MaskMethod(Method):
     sparsity: float | None = None
     _: KW_ONLY
     targets: Selection = None
-    structure: str | Structure = "element"
+    structure: str | Structure | Mapping[str, str | Structure] = "element"
     distribution: Distribution = "erk"
     over: str = "targets"
     p: float = 2.0
@@ -71,13 +72,17 @@ class MaskMethod(Method):
         if self.over not in ("targets", "all"):
             raise ConfigurationError(f"over: got {self.over!r}; allowed are 'targets' and 'all'")
         check_boolean("rescale", self.rescale)
-        if isinstance(self.structure, str):
-            as_structure(self.structure)
+        as_structure(self.structure)
 
     def bind(self, model: nn.Module, masks: Masks) -> None:
         """See `Method.bind`."""
         with self._naming_itself():
             structure = as_structure(self.structure)
+            if structure.overlapping and self.over == "all":
+                raise ConfigurationError(
+                    f"over='all' counts weights, and structure {structure} has them in several groups, of which a "
+                    "sparsity is a fraction; use over='targets'"
+                )
             self.groups = divide(select(model, self.targets), structure)
             self.tensors = list({tensor.name: tensor for each in self.groups for tensor in each.tensors}.values())
             self.generator = torch.Generator().manual_seed(self.seed)
@@ -140,7 +145,7 @@ class MaskMethod(Method):
                 "with the sparsity the state was saved with"
             )
         alive = [groups.collapse(masks) for groups in self.groups]
-        counts = count_over_shards(self.groups, [mask.count_nonzero() for mask in alive])
+        counts = self._active(alive)
         active = self._weights(counts)
         for groups, count in zip(self.groups, counts, strict=True):
             if not count:
@@ -230,7 +235,8 @@ class MaskMethod(Method):
             raise ConfigurationError(
                 "no sparsity; give it (in [0, 1)), or an explicit distribution, an N:M structure, or masks to `attach`"
             )
-        return budget(sparsity, self.groups, self.all_parameters, self.over)
+        dense = self.all_parameters - sum(tensor.weights for tensor in self.tensors)
+        return budget(sparsity, self.groups, dense, self.over)
 
     def _random_masks(self, counts: list[int]) -> list[tuple[Tensor, int]]:
         alive = [torch.zeros(each.total, dtype=torch.int8, device=each.device) for each in self.groups]
@@ -308,8 +314,12 @@ class MaskMethod(Method):
     def _alive(self) -> list[Tensor]:
         return [groups.alive() for groups in self.groups]
 
-    def _active(self) -> list[int]:
-        return [groups.active for groups in self.groups]
+    def _active(self, alive: Sequence[Tensor]) -> list[int]:
+        """Number of active groups of each global weight under these masks."""
+        return count_over_shards(self.groups, [mask.count_nonzero() for mask in alive])
+
+    def _changes(self, alive: Sequence[Tensor]) -> list[Change]:
+        return changes(self.groups, alive, self.generator)
 
 
 def _rescale(tensor: MaskedTensor) -> None:

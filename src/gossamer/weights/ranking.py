@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gossamer.groups import Groups, largest, largest_in_cells, refuse_nan, sample, smallest
+from gossamer.choice import largest, largest_in_cells, refuse_nan, sample, smallest
+from gossamer.groups import Groups
 from gossamer.masks import count_over_shards
 from gossamer.scores import Score, StateOf
 
@@ -115,7 +116,7 @@ def prune_to(
     if groups[0].cell is not None:
         return [_prune_cells(*each, score, state, p) for each in zip(groups, alive, counts, strict=True)]
     index, scores = scores_of_active(groups, alive, score, state, p)
-    active = [each.active for each in groups]
+    active = count_over_shards(groups, [torch.tensor(len(each), device=each.device) for each in index])
     drops: int | list[int]
     if len(counts) == 1:
         best = largest(groups, [each.clone() for each in scores], [1] * len(groups))

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from gossamer.choice import largest, largest_in_cells, sample, smallest
 from gossamer.errors import NonFiniteError
-from gossamer.groups import Groups, largest, largest_in_cells, sample, smallest
+from gossamer.groups import Groups
 from gossamer.masks import MaskedTensor
 from gossamer.structure import Element
 from gossamer.targets import Target

@@ -1,0 +1,1 @@
+"""The names of the packages that gossamer continues, thin over its own."""

@@ -1,0 +1,358 @@
+"""Dynamic sparse training under the names of the `dst` pack: models and modules with dynamic sparse weights.
+
+Everything here is `gossamer.DSR` (Mostafa & Wang, 2019) under other names. As in the pack a sparsity is a fraction of
+*all* parameters of the model, and nothing happens on a schedule: `reparameterize` and its steps are called by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.attach import attach
+from gossamer.distribution import Distribution, active_weights, apportion_groups
+from gossamer.errors import ConfigurationError
+from gossamer.method import Proposal, StateOf
+from gossamer.scores import magnitude
+from gossamer.structure import Structure, as_structure
+from gossamer.targets import Selection
+from gossamer.weights.dsr import DSR, HEURISTICS
+from gossamer.weights.ranking import grow, prune_to
+
+NEVER = 1 << 62  # a period in steps that no training reaches
+
+
+class ReallocationHeuristics(StrEnum):
+    """A tensor's share of the weights that were freed, as a function of its groups in all, before and after pruning."""
+
+    PAPER = "paper"
+    WITHIN_TENSOR = "within"
+    ANTI_PAPER = "anti-paper"
+
+    def __call__(self, total: int, before: int, left: int) -> int:
+        """The share, unnormalised, of a tensor of `total` groups, `before` of them active before and `left` after."""
+        return HEURISTICS[self.value](total, before, left)
+
+
+@dataclass(eq=False)
+class _ByHand(DSR):
+    """DSR with the pack's further steps; nothing is due of itself."""
+
+    name = "dst"
+
+    def phases(self) -> dict[str, Callable[..., Proposal]]:
+        return super().phases() | {"resize": self._resize, "thin": self._thin, "shuffle": self._shuffle}
+
+    def _resize(self, step: int, state: StateOf, sparsity: float) -> Proposal:
+        alive = self._alive()
+        active = self._active(alive)
+        sizes = [groups.size for groups in self.groups]
+        wanted = apportion_groups(
+            self._active_weights(sparsity),
+            [count * size for count, size in zip(active, sizes, strict=True)],
+            [groups.total for groups in self.groups],
+            sizes,
+            least=1,
+        )
+        prune_to(self.groups, alive, wanted, magnitude, state, self.p)
+        return self._refill(alive, wanted)
+
+    def _thin(self, step: int, state: StateOf, sparsity: float) -> Proposal:
+        before = self._alive()
+        kept = [max(1, active_weights(sparsity, groups.total)) for groups in self.groups]
+        counts = [min(now, most) for now, most in zip(self._active(before), kept, strict=True)]
+        alive = [torch.zeros_like(mask) for mask in before]
+        return self._refill(alive, counts, eligible=before)
+
+    def _shuffle(self, step: int, state: StateOf) -> Proposal:
+        before = self._alive()
+        return self._refill([torch.zeros_like(mask) for mask in before], self._active(before))
+
+    def _refill(self, alive: list[Tensor], wanted: list[int], eligible: list[Tensor] | None = None) -> Proposal:
+        """Grow at random, among the eligible groups, until so many are active; they are the budget from now on."""
+        active = self._active(alive)
+        free = [mask == 0 for mask in alive] if eligible is None else [mask != 0 for mask in eligible]
+        rooms = [int(count) for count in self._active([each.to(torch.int8) for each in free])]
+        grow(self.groups, alive, free, rooms, [n - now for n, now in zip(wanted, active, strict=True)], self.generator)
+        self.budget = self._weights(wanted)
+        self._pruned = None
+        return self._proposal(alive, wanted)
+
+
+class DSModel(nn.Module):
+    """A model whose weights are sparse and are reallocated by hand while it trains (Mostafa & Wang, 2019).
+
+    Weights stay exactly sparse through the steps of the first optimizer that trains them. `state_dict` has the model's
+    own entries under `model.`, and masks, threshold and random state as extra state.
+
+    Args:
+        model: The model. Its sparse weights are those of `DSLinear`, `DSConv2d` … where it has such modules; else those
+            that its `SPARSE_TARGETS` choose, as the networks of `gossamer.zoo` have; else gossamer's default targets.
+        target_sparsity: Fraction of zeros among all parameters, in [0, 1).
+        target_fraction_to_prune: Fraction of all parameters intended to be pruned at a reparameterization, in (0, 1).
+        pruning_threshold: First threshold on the norm of a group, above 0.
+        heuristic: Shares of the tensors in what was freed.
+        targets: Which weights are sparse, instead; see `gossamer.targets.select`.
+        structure: Which weights live or die together, instead of what the modules say.
+        distribution: How the budget is split at the start; see `gossamer.distribution.allocate`.
+        tolerance: Tolerated relative deviation from the number intended to be pruned, in [0, 1).
+        gain: Factor by which the threshold is adapted, above 1.
+        p: Order of the norm of a group.
+        seed: Seed of the random choices.
+
+    Attributes:
+        model: The model.
+        handle: The `gossamer.Sparsity` behind it; `handle.follow` takes several optimizers.
+
+    Raises:
+        ConfigurationError: A value out of range, or no weight to make sparse.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target_sparsity: float,
+        target_fraction_to_prune: float = 1e-2,
+        pruning_threshold: float = 1e-3,
+        heuristic: str | ReallocationHeuristics = ReallocationHeuristics.PAPER,
+        *,
+        targets: Selection = None,
+        structure: str | Structure | Mapping[str, str | Structure] | None = None,
+        distribution: Distribution = "uniform",
+        tolerance: float = 0.1,
+        gain: float = 2.0,
+        p: float = 2.0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise ConfigurationError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        marked = _marked(model)
+        if targets is None:
+            targets = list(marked) or list(getattr(model, "SPARSE_TARGETS", ())) or None
+        if structure is None:
+            structure = marked if marked and targets == list(marked) else "element"
+        self.target_sparsity = target_sparsity
+        method = _ByHand(
+            target_sparsity,
+            targets=targets,
+            structure=structure,
+            distribution=distribution,
+            over="all",
+            every=NEVER,
+            prune_fraction=target_fraction_to_prune,
+            threshold=pruning_threshold,
+            tolerance=tolerance,
+            gain=gain,
+            heuristic=str(heuristic),
+            p=p,
+            seed=seed,
+        )
+        self.handle = attach(model, method, "auto")
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own."""
+        return self.model(*args, **kwargs)
+
+    # -- steps -------------------------------------------------------------------------------------------------------
+
+    def reparameterize(self) -> None:
+        """Prune by the threshold, adapt it, and reallocate what was freed; the budget is exact afterwards."""
+        self.prune_by_threshold()
+        self.adjust_pruning_threshold()
+        self.reallocate_free_parameters()
+
+    def prune_by_threshold(self) -> None:
+        """Prune the groups whose norm is below the threshold; the largest of each tensor stays."""
+        self.handle.update("prune")
+
+    def adjust_pruning_threshold(self) -> None:
+        """Divide the threshold by the gain where too many weights were pruned, multiply it where too few."""
+        self.handle.update("adjust_threshold")
+
+    def reallocate_free_parameters(self) -> None:
+        """Grow as many as are missing from the budget at random, shared by the heuristic."""
+        self.handle.update("reallocate")
+
+    def prune_or_grow_to_sparsity(self, sparsity: float | None = None) -> None:
+        """Prune the smallest weights, or grow random ones, to a sparsity; it is the target from then on.
+
+        Tensors keep their proportions.
+
+        Args:
+            sparsity: Fraction of zeros among all parameters, in [0, 1); `None` for the target.
+        """
+        wanted = self.target_sparsity if sparsity is None else sparsity
+        self.handle.update("resize", sparsity=wanted)
+        self.target_sparsity = wanted
+
+    def randomly_thin_to_group_sparsity(self, sparsity: float) -> None:
+        """Prune random groups of every tensor until this fraction of them is zero; sparser tensors stay as they are.
+
+        Args:
+            sparsity: Fraction of each tensor's groups that is zero, in [0, 1).
+        """
+        self.handle.update("thin", sparsity=sparsity)
+        self.target_sparsity = self.sparsity
+
+    def shuffle_structure(self) -> None:
+        """Choose as many groups as now of every tensor at random; those that were not active begin at zero."""
+        self.handle.update("shuffle")
+
+    # -- statistics --------------------------------------------------------------------------------------------------
+
+    @property
+    def pruning_threshold(self) -> float:
+        """The threshold as it has adapted."""
+        return self._method.threshold
+
+    def update_stats(self) -> list[dict[str, Any]]:
+        """For every sparse tensor its `name`, and how many of its weights there are: `total`, `nonzero`, `sparsity`."""
+        return [
+            {
+                "name": f"model.{row['name']}",
+                "total": row["total"],
+                "nonzero": row["active"],
+                "sparsity": row["sparsity"],
+            }
+            for row in self.handle.summary().rows
+        ]
+
+    @property
+    def np_total(self) -> int:
+        """Number of parameters."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def np_sparse(self) -> int:
+        """Number of parameters in sparse tensors."""
+        return sum(parameter.numel() for parameter in self.sparse_parameters())
+
+    @property
+    def np_dense(self) -> int:
+        """Number of parameters in other tensors."""
+        return self.np_total - self.np_sparse
+
+    @property
+    def np_nonzero(self) -> int:
+        """Number of active parameters in sparse tensors."""
+        return sum(tensor.active for tensor in self._method.tensors)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros among all parameters."""
+        return 1 - (self.np_dense + self.np_nonzero) / self.np_total
+
+    @property
+    def sum_table(self) -> str:
+        """The model's counts, as a table."""
+        return _table(
+            [
+                "# total parameters",
+                "# sparse parameters",
+                "# dense parameters",
+                "# nonzero parameters in sparse",
+                "sparsity",
+            ],
+            [[self.np_total, self.np_sparse, self.np_dense, self.np_nonzero, f"{self.sparsity:.4f}"]],
+        )
+
+    @property
+    def stats_table(self) -> str:
+        """The counts of every sparse tensor, as a table."""
+        return _table(
+            ["Parameter tensor", "# total", "# nonzero", "sparsity"],
+            [[row["name"], row["total"], row["nonzero"], f"{row['sparsity']:.4f}"] for row in self.update_stats()],
+        )
+
+    def sparse_parameters(self) -> Iterator[nn.Parameter]:
+        """The sparse tensors."""
+        return (parameter for _, parameter in self.named_sparse_parameters())
+
+    def named_sparse_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The sparse tensors with their names."""
+        return ((f"model.{tensor.name}", tensor.parameter) for tensor in self._method.tensors)
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Masks, threshold and random state, as tensors and JSON values."""
+        return self.handle.state_dict()
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore what `get_extra_state` gave."""
+        self.handle.load_state_dict(state)
+
+    @property
+    def _method(self) -> _ByHand:
+        (method,) = self.handle.methods
+        assert isinstance(method, _ByHand)
+        return method
+
+
+class _Sparse:
+    """What the modules below share: which of their weights a `DSModel` makes sparse, and by which structure."""
+
+    sparse: tuple[str, ...] = ("weight",)
+    structure: Structure
+
+    def __init__(self, *args: Any, structure: str | Structure = "element", **kwargs: Any) -> None:
+        self.__dict__["structure"] = as_structure(structure)
+        super().__init__(*args, **kwargs)
+
+
+class DSLinear(_Sparse, nn.Linear):
+    """`torch.nn.Linear` whose weight a `DSModel` makes sparse, by a `structure` of its own."""
+
+
+class DSConv2d(_Sparse, nn.Conv2d):
+    """`torch.nn.Conv2d` whose weight a `DSModel` makes sparse, by a `structure` of its own."""
+
+
+class DSConvTranspose2d(_Sparse, nn.ConvTranspose2d):
+    """`torch.nn.ConvTranspose2d` whose weight a `DSModel` makes sparse, by a `structure` of its own."""
+
+
+class DSRNNCell(_Sparse, nn.RNNCell):
+    """`torch.nn.RNNCell` whose weights a `DSModel` makes sparse, by a `structure` of its own."""
+
+    sparse = ("weight_ih", "weight_hh")
+
+
+class DSLSTMCell(_Sparse, nn.LSTMCell):
+    """`torch.nn.LSTMCell` whose weights a `DSModel` makes sparse, by a `structure` of its own."""
+
+    sparse = ("weight_ih", "weight_hh")
+
+
+class DSGRUCell(_Sparse, nn.GRUCell):
+    """`torch.nn.GRUCell` whose weights a `DSModel` makes sparse, by a `structure` of its own."""
+
+    sparse = ("weight_ih", "weight_hh")
+
+
+def _marked(model: nn.Module) -> dict[str, str | Structure]:
+    """The sparse weights of the modules of this file, and their structures."""
+    return {
+        f"{prefix}.{name}" if prefix else name: module.structure
+        for prefix, module in model.named_modules()
+        if isinstance(module, _Sparse)
+        for name in module.sparse
+    }
+
+
+def _table(head: list[str], rows: list[list[Any]]) -> str:
+    """A table of plain characters, everything to the right."""
+    cells = [head, *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+    line = "+" + "+".join("-" * (width + 2) for width in widths) + "+"
+    texts = [
+        "|" + "|".join(f" {cell:>{width}} " for cell, width in zip(row, widths, strict=True)) + "|" for row in cells
+    ]
+    return "\n".join([line, texts[0], line, *texts[1:], line])
