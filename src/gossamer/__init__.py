@@ -4,6 +4,7 @@ from importlib.metadata import version
 
 from gossamer import schedule, scores
 from gossamer.attach import Sparsity, attach
+from gossamer.compat.dst import DSModel
 from gossamer.errors import (
     ConfigurationError,
     DataError,
@@ -29,6 +30,7 @@ __all__ = [
     "Block",
     "Change",
     "ConfigurationError",
+    "DSModel",
     "DataError",
     "Element",
     "GossamerError",

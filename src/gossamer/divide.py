@@ -41,19 +41,26 @@ def divide(targets: Sequence[Target], structure: Structure) -> list[Groups]:
 
 
 def _by_name(targets: Sequence[Target], structure: ByName) -> list[Groups]:
-    parts: dict[str, list[Target]] = {glob: [] for glob in structure.structures}
+    globs = structure.structures
+    used: set[str] = set()
+    parts: list[tuple[Structure, list[Target]]] = []
     for target in targets:
-        glob = next((glob for glob in parts if matches(target.name, glob)), None)
+        glob = next((glob for glob in globs if matches(target.name, glob)), None)
         if glob is None:
             raise ConfigurationError(
-                f"structure: no glob of {list(parts)} gives {target.name} a structure; add one ('*' matches the rest)"
+                f"structure: no glob of {list(globs)} gives {target.name} a structure; add one ('*' matches the rest)"
             )
-        parts[glob].append(target)
-    if unused := next((glob for glob, found in parts.items() if not found), None):
+        used.add(glob)
+        alike = next((found for each, found in parts if each == globs[glob]), None)
+        if alike is None:
+            parts.append((globs[glob], [target]))
+        else:  # hidden units run over several weights
+            alike.append(target)
+    if unused := next((glob for glob in globs if glob not in used), None):
         raise ConfigurationError(
             f"structure: {unused!r} matches none of the targets (or an earlier glob takes them all)"
             + closest(unused, [target.name for target in targets])
         )
-    found = [groups for glob, each in parts.items() for groups in divide(each, structure.structures[glob])]
+    found = [groups for each, chosen in parts for groups in divide(chosen, each)]
     order = {target.name: place for place, target in enumerate(targets)}
     return sorted(found, key=lambda groups: order[groups.name])

@@ -40,12 +40,13 @@ class ReallocationHeuristics(StrEnum):
 
 
 @dataclass(eq=False)
-class _ByHand(DSR):
-    """DSR with the pack's further steps; nothing is due of itself."""
+class Reparameterization(DSR):
+    """`gossamer.DSR` with the pack's further steps as phases: `"resize"`, `"thin"` and `"shuffle"`."""
 
     name = "dst"
 
     def phases(self) -> dict[str, Callable[..., Proposal]]:
+        """See `Method.phases`."""
         return super().phases() | {"resize": self._resize, "thin": self._thin, "shuffle": self._shuffle}
 
     def _resize(self, step: int, state: StateOf, sparsity: float) -> Proposal:
@@ -93,13 +94,14 @@ class DSModel(nn.Module):
     Args:
         model: The model. Its sparse weights are those of `DSLinear`, `DSConv2d` … where it has such modules; else those
             that its `SPARSE_TARGETS` choose, as the networks of `gossamer.zoo` have; else gossamer's default targets.
-        target_sparsity: Fraction of zeros among all parameters, in [0, 1).
+        target_sparsity: Fraction of zeros, in [0, 1).
         target_fraction_to_prune: Fraction of all parameters intended to be pruned at a reparameterization, in (0, 1).
         pruning_threshold: First threshold on the norm of a group, above 0.
         heuristic: Shares of the tensors in what was freed.
         targets: Which weights are sparse, instead; see `gossamer.targets.select`.
         structure: Which weights live or die together, instead of what the modules say.
         distribution: How the budget is split at the start; see `gossamer.distribution.allocate`.
+        over: What sparsities are fractions of: `"all"` parameters, as in the pack, or those of the sparse `"targets"`.
         tolerance: Tolerated relative deviation from the number intended to be pruned, in [0, 1).
         gain: Factor by which the threshold is adapted, above 1.
         p: Order of the norm of a group.
@@ -124,6 +126,7 @@ class DSModel(nn.Module):
         targets: Selection = None,
         structure: str | Structure | Mapping[str, str | Structure] | None = None,
         distribution: Distribution = "uniform",
+        over: str = "all",
         tolerance: float = 0.1,
         gain: float = 2.0,
         p: float = 2.0,
@@ -138,12 +141,12 @@ class DSModel(nn.Module):
         if structure is None:
             structure = marked if marked and targets == list(marked) else "element"
         self.target_sparsity = target_sparsity
-        method = _ByHand(
+        method = Reparameterization(
             target_sparsity,
             targets=targets,
             structure=structure,
             distribution=distribution,
-            over="all",
+            over=over,
             every=NEVER,
             prune_fraction=target_fraction_to_prune,
             threshold=pruning_threshold,
@@ -186,7 +189,7 @@ class DSModel(nn.Module):
         Tensors keep their proportions.
 
         Args:
-            sparsity: Fraction of zeros among all parameters, in [0, 1); `None` for the target.
+            sparsity: Fraction of zeros, as `target_sparsity`; `None` for that.
         """
         wanted = self.target_sparsity if sparsity is None else sparsity
         self.handle.update("resize", sparsity=wanted)
@@ -199,7 +202,6 @@ class DSModel(nn.Module):
             sparsity: Fraction of each tensor's groups that is zero, in [0, 1).
         """
         self.handle.update("thin", sparsity=sparsity)
-        self.target_sparsity = self.sparsity
 
     def shuffle_structure(self) -> None:
         """Choose as many groups as now of every tensor at random; those that were not active begin at zero."""
@@ -290,9 +292,9 @@ class DSModel(nn.Module):
         self.handle.load_state_dict(state)
 
     @property
-    def _method(self) -> _ByHand:
+    def _method(self) -> Reparameterization:
         (method,) = self.handle.methods
-        assert isinstance(method, _ByHand)
+        assert isinstance(method, Reparameterization)
         return method
 
 

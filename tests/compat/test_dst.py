@@ -1,0 +1,303 @@
+"""The `dst` names over the engine: golden counts, tables as the pack prints them, each step as specified."""
+
+import copy
+import io
+from math import floor
+
+import pytest
+import torch
+from torch import nn
+
+import gossamer as gs
+from gossamer.compat import dst
+from gossamer.zoo import cifar_wrn
+
+SUM_TABLE = """\
++--------------------+---------------------+--------------------+--------------------------------+----------+
+| # total parameters | # sparse parameters | # dense parameters | # nonzero parameters in sparse | sparsity |
++--------------------+---------------------+--------------------+--------------------------------+----------+
+|            1467610 |             1451520 |              16090 |                         130671 |   0.9000 |
++--------------------+---------------------+--------------------+--------------------------------+----------+"""
+
+STATS_TABLE = """\
++---------------------+---------+-----------+----------+
+|    Parameter tensor | # total | # nonzero | sparsity |
++---------------------+---------+-----------+----------+
+|   model.conv.weight |     216 |        81 |   0.6250 |
+| model.linear.weight |     720 |       360 |   0.5000 |
++---------------------+---------+-----------+----------+"""
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = dst.DSConv2d(3, 8, 3, structure="filter")
+        self.linear = dst.DSLinear(72, 10)
+        self.head = nn.Linear(10, 2)
+
+    def forward(self, x):
+        x = nn.functional.max_pool2d(torch.relu(self.conv(x)), 2)
+        return self.head(torch.tanh(self.linear(x.flatten(1))))
+
+
+def batch(step):
+    return torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(step))
+
+
+def train(model, optimizer, steps, reparameterize=True):
+    for step in steps:
+        model(batch(step)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if reparameterize:
+            model.reparameterize()
+
+
+def assert_zeros(model):
+    for (name, parameter), mask in zip(model.named_sparse_parameters(), model.handle.masks().values(), strict=True):
+        assert not parameter[~mask].any(), name
+
+
+@pytest.fixture
+def small():
+    return gs.DSModel(Small(), target_sparsity=0.5, pruning_threshold=0.05)
+
+
+# -- golden -----------------------------------------------------------------------------------------------------------
+
+
+def test_wide_resnet_has_the_counts_and_the_table_of_the_pack():
+    model = gs.DSModel(cifar_wrn(depth=28, width=2), target_sparsity=0.9)
+    assert (model.np_total, model.np_sparse, model.np_dense) == (1_467_610, 1_451_520, 16_090)
+    assert model.np_nonzero == floor(0.1 * 1_467_610) - 16_090 == 130_671
+    assert model.sum_table == SUM_TABLE
+    assert len(list(model.sparse_parameters())) == 24
+    sizes = [parameter.numel() for parameter in model.sparse_parameters()]
+    assert sizes == [4608, *[9216] * 7, 18432, *[36864] * 7, 73728, *[147456] * 7]  # the rows of the pack's table
+
+
+def test_budget_is_exact_after_a_thousand_reparameterizations():
+    torch.manual_seed(0)
+    model = gs.DSModel(cifar_wrn(depth=28, width=2), target_sparsity=0.9)
+    generator = torch.Generator().manual_seed(0)
+    threshold, pruned, shares = model.pruning_threshold, [], set()
+    model.handle.on_update(lambda update: pruned.append(sum(row["pruned"] for row in update.rows)))
+    for _ in range(1000):
+        with torch.no_grad():  # what training would make of newly grown weights, which are zero
+            for parameter, tensor in zip(model.sparse_parameters(), model.handle.methods[0].tensors, strict=True):
+                where = torch.randint(parameter.numel(), (300,), generator=generator)
+                parameter.view(-1)[where] = torch.randn(300, generator=generator) * (tensor.mask.view(-1)[where] != 0)
+        model.reparameterize()
+        assert model.np_nonzero == 130_671
+        shares.add(tuple(tensor.active for tensor in model.handle.methods[0].tensors))
+    assert sum(int(mask.sum()) for mask in model.handle.masks().values()) == 130_671
+    assert model.pruning_threshold != threshold
+    assert sum(pruned) > 100_000
+    assert len(shares) > 500
+
+
+def test_tables_print_as_those_of_the_pack():
+    model = gs.DSModel(Small(), target_sparsity=0.5, targets=["conv*", "linear*"], distribution="uniform")
+    model.handle.update("resize", sparsity=0.5)
+    rows = [["model.conv.weight", 216, 81, "0.6250"], ["model.linear.weight", 720, 360, "0.5000"]]
+    assert dst._table(["Parameter tensor", "# total", "# nonzero", "sparsity"], rows) == STATS_TABLE
+    printed = [[cell.strip() for cell in line.split("|")[1:-1]] for line in model.stats_table.splitlines()[3:-1]]
+    assert printed == [
+        [f"model.{row['name']}", str(row["total"]), str(row["active"]), f"{row['sparsity']:.4f}"]
+        for row in model.handle.summary().rows
+    ]
+
+
+# -- steps ------------------------------------------------------------------------------------------------------------
+
+
+def test_three_steps_compose_to_a_reparameterization(small):
+    other = copy.deepcopy(small)
+    small.prune_by_threshold()
+    assert small.np_nonzero < other.np_nonzero
+    small.adjust_pruning_threshold()
+    small.reallocate_free_parameters()
+    other.reparameterize()
+    assert small.np_nonzero == other.np_nonzero
+    assert small.pruning_threshold == other.pruning_threshold
+    for name, mask in small.handle.masks().items():
+        assert mask.equal(other.handle.masks()[name])
+
+
+@pytest.mark.parametrize(("threshold", "factor"), [(10.0, 0.5), (1e-9, 2.0)])
+def test_threshold_halves_where_too_many_were_pruned_and_doubles_where_too_few(threshold, factor):
+    model = gs.DSModel(Small(), 0.5, pruning_threshold=threshold)
+    model.prune_by_threshold()
+    assert model.pruning_threshold == threshold
+    model.adjust_pruning_threshold()
+    assert model.pruning_threshold == factor * threshold
+
+
+def test_threshold_stays_within_the_tolerance():
+    model = gs.DSModel(Small(), 0.5, target_fraction_to_prune=0.01, pruning_threshold=0.1, structure="element")
+    sizes = torch.cat([parameter[parameter != 0].abs() for parameter in model.sparse_parameters()]).sort().values
+    intended = round(0.01 * model.np_total)
+    model.handle.methods[0].threshold = exact = float((sizes[intended - 1] + sizes[intended]) / 2)
+    before = model.np_nonzero
+    model.prune_by_threshold()
+    assert before - model.np_nonzero == intended
+    model.adjust_pruning_threshold()
+    assert model.pruning_threshold == exact
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.7, 0.9, None])
+def test_prune_or_grow_reaches_the_sparsity_exactly_and_keeps_the_largest(small, sparsity):
+    before = [parameter.detach().clone() for parameter in small.sparse_parameters()]
+    wanted = 0.5 if sparsity is None else sparsity
+    small.prune_or_grow_to_sparsity(sparsity)
+    left = floor((1 - wanted) * small.np_total + 1e-9) - small.np_dense
+    assert left - 27 < small.np_nonzero <= left  # filters have 27 weights
+    assert small.target_sparsity == wanted
+    pruned = small.np_nonzero < sum(int(each.count_nonzero()) for each in before)
+    for parameter, was in zip(small.sparse_parameters(), before, strict=True):
+        kept = (parameter != 0) & (was != 0)
+        assert parameter[kept].equal(was[kept])
+        if pruned and was.dim() == 2:
+            assert was[kept].abs().min() >= was[(was != 0) & ~kept].abs().max()
+    small.reparameterize()
+    assert left - 27 < small.np_nonzero <= left
+
+
+def test_random_thinning_leaves_so_many_groups_of_every_tensor(small):
+    before = small.handle.masks()
+    small.randomly_thin_to_group_sparsity(0.75)
+    conv, linear = small.handle.masks().values()
+    assert conv.flatten(1).any(1).sum() == 2  # of 8 filters
+    assert linear.sum() == 180
+    for name, mask in small.handle.masks().items():
+        assert not (mask & ~before[name]).any()
+    count = small.np_nonzero
+    small.randomly_thin_to_group_sparsity(0.1)
+    assert small.np_nonzero == count  # sparser tensors stay as they are
+    small.reparameterize()
+    assert small.np_nonzero <= count
+
+
+def test_shuffle_moves_the_structure_and_keeps_the_counts(small):
+    before, rows = small.handle.masks(), small.update_stats()
+    small.shuffle_structure()
+    assert small.update_stats() == rows
+    assert any((mask != before[name]).any() for name, mask in small.handle.masks().items())
+    assert_zeros(small)
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def test_modules_are_sparse_by_their_own_structures_through_training(small):
+    optimizer = torch.optim.Adam(small.parameters(), lr=0.01, weight_decay=0.1)
+    budget = small.np_nonzero
+    for step in range(10):
+        train(small, optimizer, range(step, step + 1))
+        assert_zeros(small)
+        assert budget - 27 < small.np_nonzero <= budget
+        filters = small.handle.masks()["conv.weight"].flatten(1)
+        assert filters.any(1).equal(filters.all(1))
+    assert [name for name, _ in small.named_sparse_parameters()] == ["model.conv.weight", "model.linear.weight"]
+    assert small.model.head.weight.all()
+
+
+@pytest.mark.parametrize(
+    ("cell", "weights"), [(dst.DSRNNCell, 1), (dst.DSLSTMCell, 4), (dst.DSGRUCell, 3)], ids=["rnn", "lstm", "gru"]
+)
+@pytest.mark.parametrize("structure", ["element", "iss"])
+def test_recurrent_cells_are_sparse(cell, weights, structure):
+    over = "all" if structure == "element" else "targets"
+    model = gs.DSModel(nn.ModuleDict({"cell": cell(6, 8, structure=structure)}), 0.5, over=over)
+    assert [name for name, _ in model.named_sparse_parameters()] == ["model.cell.weight_ih", "model.cell.weight_hh"]
+    assert model.np_sparse == weights * 8 * (6 + 8)
+    model.reparameterize()
+    assert 0 < model.np_nonzero < model.np_sparse
+
+
+def test_transposed_convolution_is_sparse():
+    model = gs.DSModel(nn.Sequential(dst.DSConvTranspose2d(4, 6, 3, structure="filter")), 0.5)
+    mask = model.handle.masks()["0.weight"]
+    assert mask.any(3).any(2).any(0).sum() == 2  # (1 − 0.5) · 222 − 6 biases = 105 weights, 36 in a filter
+    assert mask.sum() == 72
+
+
+def test_saved_state_goes_on_where_it_was(small):
+    optimizer = torch.optim.Adam(small.parameters(), lr=0.01)
+    train(small, optimizer, range(3))
+    file = io.BytesIO()
+    torch.save([small.state_dict(), optimizer.state_dict()], file)
+    file.seek(0)
+    other = gs.DSModel(Small(), target_sparsity=0.5, pruning_threshold=0.05)
+    other_optimizer = torch.optim.Adam(other.parameters(), lr=0.01)
+    for part, state in zip((other, other_optimizer), torch.load(file, weights_only=True), strict=True):
+        part.load_state_dict(state)
+    train(small, optimizer, range(3, 6))
+    train(other, other_optimizer, range(3, 6))
+    for parameter, copied in zip(small.parameters(), other.parameters(), strict=True):
+        assert parameter.equal(copied)
+    assert small.pruning_threshold == other.pruning_threshold
+    assert small.stats_table == other.stats_table
+
+
+def test_copy_of_model_and_optimizer_goes_on_alone(small):
+    optimizer = torch.optim.Adam(small.parameters(), lr=0.01)
+    train(small, optimizer, range(2))
+    other, other_optimizer = copy.deepcopy((small, optimizer))
+    train(other, other_optimizer, range(2, 5))
+    assert_zeros(other)
+    count = small.np_nonzero
+    train(small, optimizer, range(2, 5))
+    assert_zeros(small)
+    assert small.np_nonzero == count
+    for parameter, copied in zip(small.parameters(), other.parameters(), strict=True):
+        assert parameter.equal(copied)
+
+
+# -- heuristics and bad input -----------------------------------------------------------------------------------------
+
+
+def test_heuristics_are_those_of_the_pack():
+    total, before, left = 100, 40, 30
+    shares = {each: each(total, before, left) for each in dst.ReallocationHeuristics}
+    assert list(shares.values()) == [30, 10, 70]
+    for each in dst.ReallocationHeuristics:
+        model = gs.DSModel(Small(), 0.5, heuristic=each)
+        assert model.handle.methods[0].heuristic == each.value
+        model.reparameterize()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"target_sparsity": 1.0}, r"sparsity: expected a number in \[0, 1\), got 1\.0"),
+        ({"target_sparsity": 0.9999}, r"leaves .* active weights"),
+        ({"target_sparsity": 0.5, "target_fraction_to_prune": 0}, r"prune_fraction: expected a number above 0"),
+        ({"target_sparsity": 0.5, "pruning_threshold": 0}, r"threshold"),
+        ({"target_sparsity": 0.5, "heuristic": "papers"}, r"heuristic: got 'papers'.*did you mean 'paper'"),
+        ({"target_sparsity": 0.5, "targets": "nothing*"}, r"targets: 'nothing\*' matches no weight"),
+        ({"target_sparsity": 0.5, "model": None}, r"model: expected a torch\.nn\.Module, got NoneType"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(gs.ConfigurationError, match=message):
+        gs.DSModel(**{"model": Small()} | arguments)
+
+
+@pytest.mark.parametrize("sparsity", [1.0, -0.1, "0.9", 0.9999])
+def test_a_sparsity_that_cannot_be_reached_changes_nothing(small, sparsity):
+    masks, target = small.handle.masks(), small.target_sparsity
+    for step in (small.prune_or_grow_to_sparsity, small.randomly_thin_to_group_sparsity):
+        if sparsity == 0.9999 and step == small.randomly_thin_to_group_sparsity:
+            continue  # leaves one group a tensor
+        with pytest.raises(gs.ConfigurationError, match="sparsity"):
+            step(sparsity)
+    assert small.target_sparsity == target
+    for name, mask in small.handle.masks().items():
+        assert mask.equal(masks[name])
+
+
+def test_unknown_structure_of_a_module_is_refused():
+    with pytest.raises(gs.ConfigurationError, match="structure: got 'filters'; allowed are"):
+        dst.DSLinear(4, 4, structure="filters")
