@@ -136,7 +136,9 @@ def test_threshold_halves_where_too_many_were_pruned_and_doubles_where_too_few(t
 
 def test_threshold_stays_within_the_tolerance():
     model = gs.DSModel(Small(), 0.5, target_fraction_to_prune=0.01, pruning_threshold=0.1, structure="element")
-    sizes = torch.cat([parameter[parameter != 0].detach().abs() for parameter in model.sparse_parameters()]).sort().values
+    sizes = (
+        torch.cat([parameter[parameter != 0].detach().abs() for parameter in model.sparse_parameters()]).sort().values
+    )
     intended = round(0.01 * model.np_total)
     model.handle.methods[0].threshold = exact = float((sizes[intended - 1] + sizes[intended]) / 2)
     before = model.np_nonzero

@@ -20,7 +20,7 @@ needs_timm = pytest.mark.skipif(
 
 
 def test_own_networks_are_built_with_their_arguments():
-    assert zoo.names() == ["cifar_resnet", "cifar_wrn", "lenet", "mnist_mlp"]
+    assert zoo.names() == ["cifar_resnet", "cifar_wrn", "i1k_resnet", "lenet", "mnist_mlp"]
     model = zoo.build("mnist_mlp", width=0.5, in_features=64)
     assert [p.shape for p in model.parameters() if p.dim() > 1] == [(150, 64), (50, 150), (10, 50)]
 
@@ -102,6 +102,9 @@ def test_arguments_fit_the_data():
         zoo.arguments("lenet", (1, 28, 20), 10)
     with pytest.raises(ConfigurationError, match="takes images of three channels, the data have 1"):
         zoo.arguments("torchvision:resnet18", (1, 28, 28), 10)
+    assert zoo.arguments("i1k_resnet", (3, 224, 224), 1000) == {"classes": 1000}
+    with pytest.raises(ConfigurationError, match="i1k_resnet takes images of three channels, the data have 1"):
+        zoo.arguments("i1k_resnet", (1, 28, 28), 10)
     with pytest.raises(ConfigurationError, match="did you mean lenet"):
         zoo.arguments("lennet", (1, 28, 28), 10)
 

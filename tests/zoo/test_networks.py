@@ -50,6 +50,18 @@ def test_resnet_20_has_the_published_number_of_masked_weights():
     assert sum(sparse(zoo.cifar_resnet(20))) == 267_696
 
 
+def test_resnet_50_has_the_published_parameters_with_stem_and_shortcuts_dense():
+    pytest.importorskip("torchvision")
+    model = zoo.i1k_resnet(50)
+    assert parameter_count(model) == 25_557_032
+    blocks = sum(  # 3, 4, 6 and 3 blocks of 1×1, 3×3 and 1×1 convolutions
+        (first + (count - 1) * 4 * width) * width + count * 9 * width**2 + count * 4 * width**2
+        for count, width, first in ((3, 64, 64), (4, 128, 256), (6, 256, 512), (3, 512, 1024))
+    )
+    assert sum(sparse(model)) == blocks + 1000 * 2048
+    assert len(sparse(model)) == 49
+
+
 def test_lenet_300_100_and_lenet_5_have_the_published_parameters():
     assert parameter_count(zoo.mnist_mlp()) == 266_610
     assert parameter_count(zoo.lenet(image_size=32)) == 61_706
@@ -127,6 +139,8 @@ def test_residual_networks_start_with_he_values(build):
         (lambda: zoo.mnist_mlp(width=math.inf), "width=inf"),
         (lambda: zoo.mnist_mlp(width=True), "width=True"),
         (lambda: zoo.mnist_mlp(classes=0), "classes=0; expected a positive integer"),
+        (lambda: zoo.i1k_resnet(20), "i1k_resnet: depth=20; expected one of 18, 34, 50, 101, 152"),
+        (lambda: zoo.i1k_resnet(classes=0), "i1k_resnet: classes=0; expected a positive integer"),
         (lambda: zoo.lenet(image_size=8), "image_size=8; .* at least 16; use mnist_mlp"),
     ],
 )

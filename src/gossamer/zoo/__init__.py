@@ -8,6 +8,7 @@ make sparse; pass it as a method's `targets`.
 from gossamer.zoo.build import arguments, build, names
 from gossamer.zoo.cifar_resnet import CifarResNet, cifar_resnet
 from gossamer.zoo.cifar_wrn import WideResNet, cifar_wrn
+from gossamer.zoo.i1k_resnet import i1k_resnet
 from gossamer.zoo.lenet import LeNet, lenet
 from gossamer.zoo.mnist_mlp import MLP, mnist_mlp
 from gossamer.zoo.thin import width_for_parameters
@@ -21,6 +22,7 @@ __all__ = [
     "build",
     "cifar_resnet",
     "cifar_wrn",
+    "i1k_resnet",
     "lenet",
     "mnist_mlp",
     "names",

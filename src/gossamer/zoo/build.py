@@ -12,12 +12,14 @@ from gossamer.errors import ConfigurationError, reason
 from gossamer.zoo._vision import build_timm, build_torchvision, unknown
 from gossamer.zoo.cifar_resnet import cifar_resnet
 from gossamer.zoo.cifar_wrn import cifar_wrn
+from gossamer.zoo.i1k_resnet import i1k_resnet
 from gossamer.zoo.lenet import lenet
 from gossamer.zoo.mnist_mlp import mnist_mlp
 
 _OWN: dict[str, Callable[..., nn.Module]] = {
     "cifar_resnet": cifar_resnet,
     "cifar_wrn": cifar_wrn,
+    "i1k_resnet": i1k_resnet,
     "lenet": lenet,
     "mnist_mlp": mnist_mlp,
 }
@@ -81,12 +83,12 @@ def arguments(name: str, shape: tuple[int, int, int], classes: int) -> dict[str,
     channels, height, width = shape
     if name.startswith("timm:"):
         return {"in_chans": channels, "num_classes": classes}
+    if (name.startswith("torchvision:") or name == "i1k_resnet") and channels != 3:
+        raise ConfigurationError(
+            f"zoo: {name} takes images of three channels, the data have {channels}; the timm model of that "
+            "name takes any number"
+        )
     if name.startswith("torchvision:"):
-        if channels != 3:
-            raise ConfigurationError(
-                f"zoo: {name} takes images of three channels, the data have {channels}; the timm model of that "
-                "name takes any number"
-            )
         return {"num_classes": classes}
     if name not in _OWN:
         raise unknown(name, [*names(), "torchvision:resnet18", "timm:resnet18"])
