@@ -71,12 +71,13 @@ class GMP(MaskMethod):
         """See `Method.update`."""
         alive, trained = self._alive(), self._trained()
         left = cubic_ramp(step, self.begin, self.end, Fraction(1), Fraction(0))
-        counts = self._counts_at(left, self._active(alive))
+        active = self._active(alive)
+        counts = self._counts_at(left, active)
         self._ended = step >= self.end and all(trained)
         if len(counts) == 1 and not all(trained):
             # The others keep their share, or more where a frozen layer has less than its own.
             totals = [groups.total for groups in self.groups]
-            frozen = sum(now for now, each in zip(self._active(), trained, strict=True) if not each)
+            frozen = sum(now for now, each in zip(active, trained, strict=True) if not each)
             share = counts[0] * sum(compress(totals, trained)) // sum(totals)
             counts = [max(share, counts[0] - frozen)]
         elif len(counts) > 1:
