@@ -300,6 +300,19 @@ def test_a_sparsity_that_cannot_be_reached_changes_nothing(small, sparsity):
         assert mask.equal(masks[name])
 
 
+def test_cells_have_one_sparsity():
+    model = gs.DSModel(nn.Sequential(nn.Linear(8, 8)), None, structure="2:4", over="targets")
+    assert model.np_nonzero == 32
+    masks = model.handle.masks()
+    for step in (model.prune_or_grow_to_sparsity, model.randomly_thin_to_group_sparsity):
+        with pytest.raises(gs.ConfigurationError, match="structure 2:4 says how many weights live"):
+            step(0.9)
+    assert model.handle.masks()["0.weight"].equal(masks["0.weight"])
+    model.shuffle_structure()
+    model.reparameterize()
+    assert model.handle.masks()["0.weight"].view(-1, 4).sum(1).eq(2).all()
+
+
 def test_unknown_structure_of_a_module_is_refused():
     with pytest.raises(gs.ConfigurationError, match="structure: got 'filters'; allowed are"):
         dst.DSLinear(4, 4, structure="filters")

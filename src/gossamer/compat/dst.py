@@ -50,6 +50,7 @@ class Reparameterization(DSR):
         return super().phases() | {"resize": self._resize, "thin": self._thin, "shuffle": self._shuffle}
 
     def _resize(self, step: int, state: StateOf, sparsity: float) -> Proposal:
+        self._refuse_cells()
         alive = self._alive()
         active = self._active(alive)
         sizes = [groups.size for groups in self.groups]
@@ -64,6 +65,7 @@ class Reparameterization(DSR):
         return self._refill(alive, wanted)
 
     def _thin(self, step: int, state: StateOf, sparsity: float) -> Proposal:
+        self._refuse_cells()
         before = self._alive()
         kept = [max(1, active_weights(sparsity, groups.total)) for groups in self.groups]
         counts = [min(now, most) for now, most in zip(self._active(before), kept, strict=True)]
@@ -73,6 +75,12 @@ class Reparameterization(DSR):
     def _shuffle(self, step: int, state: StateOf) -> Proposal:
         before = self._alive()
         return self._refill([torch.zeros_like(mask) for mask in before], self._active(before))
+
+    def _refuse_cells(self) -> None:
+        if self.groups[0].cell is not None:
+            raise ConfigurationError(
+                f"sparsity: structure {self.groups[0].structure} says how many weights live; make a DSModel with another"
+            )
 
     def _refill(self, alive: list[Tensor], wanted: list[int], eligible: list[Tensor] | None = None) -> Proposal:
         """Grow at random, among the eligible groups, until so many are active; they are the budget from now on."""
@@ -94,7 +102,7 @@ class DSModel(nn.Module):
     Args:
         model: The model. Its sparse weights are those of `DSLinear`, `DSConv2d` … where it has such modules; else those
             that its `SPARSE_TARGETS` choose, as the networks of `gossamer.zoo` have; else gossamer's default targets.
-        target_sparsity: Fraction of zeros, in [0, 1).
+        target_sparsity: Fraction of zeros, in [0, 1); `None` where an N:M structure or the distribution says it.
         target_fraction_to_prune: Fraction of all parameters intended to be pruned at a reparameterization, in (0, 1).
         pruning_threshold: First threshold on the norm of a group, above 0.
         heuristic: Shares of the tensors in what was freed.
@@ -118,7 +126,7 @@ class DSModel(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        target_sparsity: float,
+        target_sparsity: float | None,
         target_fraction_to_prune: float = 1e-2,
         pruning_threshold: float = 1e-3,
         heuristic: str | ReallocationHeuristics = ReallocationHeuristics.PAPER,
