@@ -79,7 +79,7 @@ class Reparameterization(DSR):
     def _refuse_cells(self) -> None:
         if self.groups[0].cell is not None:
             raise ConfigurationError(
-                f"sparsity: structure {self.groups[0].structure} says how many weights live; make a DSModel with another"
+                f"sparsity: structure {self.groups[0].structure} says how many weights live; make another DSModel"
             )
 
     def _refill(self, alive: list[Tensor], wanted: list[int], eligible: list[Tensor] | None = None) -> Proposal:
@@ -200,6 +200,8 @@ class DSModel(nn.Module):
             sparsity: Fraction of zeros, as `target_sparsity`; `None` for that.
         """
         wanted = self.target_sparsity if sparsity is None else sparsity
+        if wanted is None:
+            raise ConfigurationError("sparsity: this DSModel was made without a target_sparsity; give one")
         self.handle.update("resize", sparsity=wanted)
         self.target_sparsity = wanted
 
