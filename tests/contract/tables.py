@@ -5,6 +5,7 @@ A new method costs one row in METHODS, a new optimizer class one in OPTIMIZERS; 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import nn, optim
 
 import gossamer as gs
-from gossamer.structure import Structure, as_structure
+from gossamer.structure import Structure
 
 STRUCTURES = ("element", "2:4", "block:4x1")
 SPARSITY = 0.75
@@ -33,7 +34,7 @@ class MethodRow:
     structures: tuple[str, ...] = STRUCTURES
 
     def make(self, structure: str | Structure = "element", **overrides: Any) -> Any:
-        budget = {"sparsity": None if as_structure(structure).cell else SPARSITY}
+        budget = {"sparsity": None if re.fullmatch(r"\d+:\d+", str(structure)) else SPARSITY}
         return self.method(**budget | self.options | {"structure": structure} | overrides)
 
 

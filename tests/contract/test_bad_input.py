@@ -31,7 +31,7 @@ ANY = [row for row in METHODS if row.id != "rigl-step"]
         ("structure", "4:4", r"4:4.*0 < N < M"),
         ("structure", "0:4", r"0:4.*0 < N < M"),
         ("structure", "block:0x4", r"block:0x4.*at least one row"),
-        ("structure", "channel", r"structure.*'channel'"),
+        ("structure", "channels", r"structure.*'channels'"),
         ("over", "everything", r"over.*'everything'.*'targets'.*'all'"),
         ("p", 0, r"p.*positive"),
         ("p", -1.0, r"p.*-1"),
