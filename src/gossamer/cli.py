@@ -11,6 +11,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated
 
+import torch.distributed as dist
 import typer
 from accelerate import PartialState
 from rich.table import Table
@@ -35,7 +36,11 @@ def main() -> None:
     """Run the command line."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without "±" must not cost the end of a run
-    app(prog_name="gossamer")
+    try:
+        app(prog_name="gossamer")
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()  # its threads may not outlive the interpreter
 
 
 @app.command()
@@ -74,6 +79,7 @@ def train(
         if PartialState().is_main_process:
             print_results(stdout_console(), results)
             typer.echo(f"run folder: {folder}")
+        PartialState().wait_for_everyone()
 
 
 @app.command()

@@ -189,6 +189,15 @@ def test_shuffle_moves_the_structure_and_keeps_the_counts(small):
     assert_zeros(small)
 
 
+def test_shuffle_after_a_pruning_leaves_the_budget_to_be_filled(small):
+    count = small.np_nonzero
+    small.prune_by_threshold()
+    assert small.np_nonzero < count
+    small.shuffle_structure()
+    small.reallocate_free_parameters()
+    assert count - 27 < small.np_nonzero <= count
+
+
 # -- training ---------------------------------------------------------------------------------------------------------
 
 

@@ -73,8 +73,10 @@ class Reparameterization(DSR):
         return self._refill(alive, counts, eligible=before)
 
     def _shuffle(self, step: int, state: StateOf) -> Proposal:
-        before = self._alive()
-        return self._refill([torch.zeros_like(mask) for mask in before], self._active(before))
+        before, budget = self._alive(), self.budget
+        proposal = self._refill([torch.zeros_like(mask) for mask in before], self._active(before))
+        self.budget = budget  # what was pruned and not yet reallocated is still to grow
+        return proposal
 
     def _refuse_cells(self) -> None:
         if self.groups[0].cell is not None:
