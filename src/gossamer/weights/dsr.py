@@ -151,18 +151,15 @@ class DSR(MaskMethod):
     def _prune(self, alive: list[Tensor], active: list[int], state: StateOf) -> list[int]:
         index, norms = scores_of_active(self.groups, alive, magnitude, state, self.p)
         below = count_over_shards(self.groups, [(norm < self.threshold).sum() for norm in norms])
+        trained = self._trained()
         # The largest survives even where all are below the threshold: an empty tensor cuts the network in two.
-        counts = [
-            min(low, now - 1) if trained else 0
-            for low, now, trained in zip(below, active, self._trained(), strict=True)
-        ]
+        counts = [min(low, now - 1) if each else 0 for low, now, each in zip(below, active, trained, strict=True)]
         self._pruned = drop(self.groups, alive, index, norms, counts)
         self._before = active
         # Where layers are frozen, what the others pruned is held against their part of the intended number.
-        trained = self._weights([now if each else 0 for now, each in zip(active, self._trained(), strict=True)])
-        left = sum(groups.size for groups, each in zip(self.groups, self._trained(), strict=True) if each)
+        part = self._weights([now * each for now, each in zip(active, trained, strict=True)])
         pruned = self._weights(counts)
-        self._last_pruned = pruned * self._weights(active) // trained if trained > left else None
+        self._last_pruned = pruned * self._weights(active) // part if part > self._weights(trained) else None
         return [now - count for now, count in zip(active, counts, strict=True)]
 
     def _reallocate(self, alive: list[Tensor], active: list[int]) -> list[int]:
