@@ -124,7 +124,7 @@ class Run:
         return self._means(sums, seen)
 
     @torch.no_grad()
-    def evaluate(self, batches: data.BatchLoader) -> tuple[float, float]:
+    def evaluate(self, batches: data.Batches) -> tuple[float, float]:
         """Mean cross-entropy and accuracy over all of the batches."""
         sums, seen = torch.zeros(2, device=self.accelerator.device), 0
         self.forward.eval()
@@ -181,12 +181,11 @@ class Run:
             key = "name" if section.name not in data.NAMES else "validation"
             raise self.recipe.error(("data", key), error) from None
 
-    def _batches(self, split: data.Split, shuffle: bool = False) -> data.BatchLoader:
+    def _batches(self, split: data.Split, shuffle: bool = False) -> data.Batches:
         section, accelerator = self.recipe.data, self.accelerator
         augment = section.augment if shuffle else None
         try:
-            return data.BatchLoader(
-                split,
+            return split.batches(
                 section.batch_size,
                 shuffle=shuffle,
                 augment=None if augment is None else data.Augment(**augment.model_dump()),

@@ -3,7 +3,7 @@
 from gossamer.data.augment import Augment
 from gossamer.data.catalogue import NAMES
 from gossamer.data.dataset import Dataset, Split, load
-from gossamer.data.loader import BatchLoader
+from gossamer.data.loader import Batches, BatchLoader
 from gossamer.data.sources import available, fetch
 from gossamer.data.store import folder
 
@@ -11,6 +11,7 @@ __all__ = [
     "NAMES",
     "Augment",
     "BatchLoader",
+    "Batches",
     "Dataset",
     "Split",
     "available",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gossamer.data.catalogue import find
+from gossamer.data.loader import BatchLoader
 from gossamer.data.sources import fetch, missing
 from gossamer.data.store import faults, folder
 from gossamer.errors import ConfigurationError, DataError
@@ -40,6 +42,10 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def batches(self, batch_size: int, **options: Any) -> BatchLoader:
+        """Its batches; `options` are the other arguments of `BatchLoader`."""
+        return BatchLoader(self, batch_size, **options)
 
 
 @dataclass(frozen=True, eq=False)

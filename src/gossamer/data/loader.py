@@ -4,14 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from gossamer.data.augment import Augment
-from gossamer.data.dataset import Split
 from gossamer.errors import ConfigurationError, StateError
+
+if TYPE_CHECKING:
+    from gossamer.data.dataset import Split
+
+
+class Batches(Protocol):
+    """What a training loop needs of batches, whatever the data are; `BatchLoader` says what each means."""
+
+    batch_size: int
+
+    @property
+    def smallest(self) -> int:
+        """Samples in the smallest batch that any process gets."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where another loader was."""
+        ...
 
 
 class BatchLoader:
