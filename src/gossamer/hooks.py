@@ -142,10 +142,8 @@ class StepHooks:
         counts = []
         for tensor, change in zip(tensors, proposal.changes, strict=True):
             grown, begun = tensor.apply(change)
-            optimizer, group = self._holder(tensor)
-            if optimizer is not None and (state := optimizer.state.get(tensor.parameter)):
-                mixes = not optimizers.is_elementwise(optimizer)
-                optimizers.refresh(tensor, begun, group, state, mixes, self.second_moment)
+            if not self._refresh(tensor, begun):
+                tensor.begun = begun if tensor.begun is None else tensor.begun | begun
             counts.append(torch.stack([grown.count_nonzero(), tensor.mask.count_nonzero()]))
         found = sum_over_shards(tensors, counts).tolist()
         for tensor, (_, active) in zip(tensors, found, strict=True):
@@ -161,6 +159,23 @@ class StepHooks:
             for tensor, was, (more, _) in zip(tensors, before, found, strict=True)
         ]
         return MaskUpdate(self.step, method.name, rows, proposal.extras)
+
+    def _refresh(self, tensor: MaskedTensor, begun: Tensor) -> bool:
+        """Give weights that begin anew fresh optimizer state; returns whether there is any state of the tensor."""
+        optimizer, group = self._holder(tensor)
+        state = None if optimizer is None else optimizer.state.get(tensor.parameter)
+        if optimizer is None or not state:
+            return False
+        mixes = not optimizers.is_elementwise(optimizer)
+        optimizers.refresh(tensor, begun, group, state, mixes, self.second_moment)
+        return True
+
+    def _refresh_late(self) -> None:
+        """The same for updates by hand that were made before the optimizer was followed, or before it was loaded."""
+        for tensor in self.tensors():
+            if tensor.begun is not None:
+                self._refresh(tensor, tensor.begun)
+                tensor.begun = None
 
     def state_of(self, tensor: MaskedTensor) -> Mapping[str, Any]:
         """The optimizer's state of a tensor's parameter; empty before its first step."""
@@ -222,6 +237,7 @@ class StepHooks:
         if begins and index == 0:
             self.tell()  # where a gradient scaler left out the last optimizer
             self._left_out = set(range(len(self.optimizers))) if self._begin_step(optimizer) else set()
+            self._refresh_late()
         if index in self._left_out:
             held = [(p, p.grad) for p in optimizers.parameters(optimizer) if p.grad is not None]
             self._withheld[index] = held

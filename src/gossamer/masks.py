@@ -41,6 +41,7 @@ class MaskedTensor:
         weights: Number of weights of the global weight.
         mask: int8 mask (−1 active, 0 pruned) of the part of the weight that this rank holds.
         active: Number of active weights of the global weight.
+        begun: int8 mask, −1 where a weight began anew while its optimizer had no state to make fresh; `None` for none.
         process_group: The ranks that share the weight; `None` where each holds all of it.
         first_row: The first row of the global weight that this rank holds.
     """
@@ -54,6 +55,7 @@ class MaskedTensor:
         self.weights = parameter.numel()
         self.mask = torch.full_like(local(parameter), -1, dtype=torch.int8)
         self.active = self.weights
+        self.begun: Tensor | None = None
         self.process_group, self.first_row = self.sharding()
 
     @property
@@ -133,10 +135,13 @@ class MaskedTensor:
             process_group: As `sharding` found it.
             first_row: Likewise.
         """
-        mask = self.mask if self.process_group is not None else rows_like(self.mask, self.parameter)
+        parts = [self.mask, *([] if self.begun is None else [self.begun])]
+        if self.process_group is None:
+            parts = [rows_like(part, self.parameter) for part in parts]
         self.process_group, self.first_row = process_group, first_row
         self.target.remember_shard()
-        self.mask = torch.empty_like(local(self.parameter), dtype=torch.int8).copy_(mask)
+        placed = [torch.empty_like(local(self.parameter), dtype=torch.int8).copy_(part) for part in parts]
+        self.mask, self.begun = placed[0], placed[1] if len(placed) > 1 else None
 
     def distribute(self, part: Tensor) -> Tensor:
         """A tensor of this rank's rows as a DTensor sharded as the weight is, or as it is where nothing is sharded."""

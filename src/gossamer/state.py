@@ -109,6 +109,7 @@ def restore(methods: Sequence[Method], state: Mapping[str, Any]) -> None:
         method.load_state_dict(each["state"])
     tensors = [tensor for method in methods for tensor in method.tensors]
     for tensor in tensors:
+        tensor.begun = None
         tensor.mask.copy_(unpack_like(masks[_strip(tensor.name)], tensor.parameter))
         enforce(local(tensor.parameter), tensor.mask)
     count_active(tensors)

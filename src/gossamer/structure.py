@@ -288,8 +288,8 @@ NAMED = {
 class Both(Structure):
     """Two divisions at a time: outputs as wholes, and inputs as wholes. A weight lives where both its groups live.
 
-    A sparsity is a fraction of groups: with `"row+column"`, at 0.5 half of the rows and half of the columns live, and
-    so a quarter of the weights.
+    A sparsity is a fraction of groups: with `"row+column"`, at 0.5 half of the rows and half of the columns of a single
+    weight live, and so a quarter of it. Over several weights the distribution splits the budget.
     """
 
     first: Structure
@@ -332,6 +332,17 @@ class ISS(Structure):
     consumers: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     overlapping = True
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.consumers, Mapping) and all(
+            isinstance(module, str) and isinstance(names, list | tuple) and all(isinstance(each, str) for each in names)
+            for module, names in self.consumers.items()
+        )
+        if not whole:
+            raise ConfigurationError(
+                f"structure iss: consumers={self.consumers!r:.100}; expected a mapping of module names to lists of "
+                'weight names, such as {"rnn": ["decoder.weight"]}'
+            )
 
     def __str__(self) -> str:
         return "iss"

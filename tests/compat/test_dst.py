@@ -10,6 +10,7 @@ from torch import nn
 
 import gossamer as gs
 from gossamer.compat import dst
+from gossamer.structure import as_structure
 from gossamer.zoo import cifar_wrn
 
 SUM_TABLE = """\
@@ -325,3 +326,83 @@ def test_cells_have_one_sparsity():
 def test_unknown_structure_of_a_module_is_refused():
     with pytest.raises(gs.ConfigurationError, match="structure: got 'filters'; allowed are"):
         dst.DSLinear(4, 4, structure="filters")
+
+
+def test_one_module_takes_one_structure():
+    with pytest.raises(gs.ConfigurationError, match="structure: got a mapping for one DSLinear"):
+        dst.DSLinear(4, 4, structure={"*": "row"})
+
+
+def test_modules_of_one_structure_may_be_n_of_m():
+    model = gs.DSModel(nn.Sequential(dst.DSLinear(8, 8, structure="2:4"), dst.DSLinear(8, 8, structure="2:4")), None)
+    for mask in model.handle.masks().values():
+        assert mask.view(-1, 4).sum(1).eq(2).all()
+
+
+def test_tied_modules_are_one_sparse_weight():
+    first, second = dst.DSLinear(6, 6, structure="row"), dst.DSLinear(6, 6, structure="row")
+    second.weight = first.weight
+    model = gs.DSModel(nn.Sequential(first, second), 0.5, over="targets")
+    assert [name for name, _ in model.named_sparse_parameters()] == ["model.0.weight"]
+    assert model.np_nonzero == 18
+    second.structure = as_structure("column")
+    with pytest.raises(gs.ConfigurationError, match=r"0\.weight: is tied, with structure row.*column"):
+        gs.DSModel(nn.Sequential(first, second), 0.5)
+
+
+def test_names_of_modules_are_no_globs():
+    layers = nn.ModuleDict({"a[0]": dst.DSLinear(4, 6, structure="row"), "a0": dst.DSLinear(4, 6, structure="column")})
+    model = gs.DSModel(layers, 0.5, over="targets")
+    masks = model.handle.masks()
+    assert all(row.all() or not row.any() for row in masks["a[0].weight"])
+    assert all(column.all() or not column.any() for column in masks["a0.weight"].T)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda model: model.prune_or_grow_to_sparsity(0.7), lambda model: model.randomly_thin_to_group_sparsity(0.8)],
+    ids=["resized", "thinned"],
+)
+def test_saved_state_has_the_budget_that_was_changed_by_hand(small, change):
+    change(small)
+    other = gs.DSModel(Small(), target_sparsity=0.5, pruning_threshold=0.05)
+    other.load_state_dict(small.state_dict())
+    assert other.target_sparsity == small.target_sparsity
+    other.reparameterize()
+    assert other.np_nonzero == small.np_nonzero
+    with pytest.raises(gs.StateError, match="attach with the sparsity the state was saved with"):
+        gs.DSModel(Small(), target_sparsity=0.4).load_state_dict(small.state_dict())
+
+
+@pytest.mark.parametrize("step", ["resize", "thin", "shuffle"])
+def test_frozen_layers_keep_their_masks_in_every_step(small, step):
+    small.model.conv.weight.requires_grad_(False)
+    before, active = small.handle.masks(), small.np_nonzero
+    {
+        "resize": lambda: small.prune_or_grow_to_sparsity(0.6),
+        "thin": lambda: small.randomly_thin_to_group_sparsity(0.7),
+        "shuffle": small.shuffle_structure,
+    }[step]()
+    after = small.handle.masks()
+    assert after["conv.weight"].equal(before["conv.weight"])
+    assert not after["linear.weight"].equal(before["linear.weight"])
+    expected = {"resize": floor(0.4 * small.np_total) - small.np_dense, "thin": 81 + 216, "shuffle": active}
+    assert small.np_nonzero == expected[step]
+    small.reparameterize()
+    assert small.handle.masks()["conv.weight"].equal(before["conv.weight"])
+
+
+def test_update_before_the_first_step_gives_grown_weights_fresh_state(small):
+    optimizer = torch.optim.Adam(small.parameters(), lr=0.01)
+    train(small, optimizer, range(3))
+    other = gs.DSModel(Small(), target_sparsity=0.5, pruning_threshold=0.05)
+    other.load_state_dict(small.state_dict())
+    other_optimizer = torch.optim.Adam(other.parameters(), lr=0.01)
+    saved = copy.deepcopy(optimizer.state_dict())
+    small.reparameterize()
+    other.reparameterize()
+    other_optimizer.load_state_dict(saved)  # only now, with moments from when the weights that grew were active
+    for model, each in ((small, optimizer), (other, other_optimizer)):
+        train(model, each, range(3, 4), reparameterize=False)
+    for parameter, copied in zip(small.parameters(), other.parameters(), strict=True):
+        assert parameter.equal(copied)

@@ -369,3 +369,33 @@ def test_rows_and_columns_of_a_grouped_convolution_are_refused() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
     with pytest.raises(gs.ConfigurationError, match=r"0\.weight: row\+column needs every output to see every input"):
         gs.attach(model, gs.SET(0.5, structure="row+column"))
+
+
+@pytest.mark.parametrize("consumers", [["head.weight"], {"rnn": "head.weight"}, {"rnn": [1]}, {0: ["head.weight"]}])
+def test_consumers_of_another_form_are_refused(consumers: object) -> None:
+    with pytest.raises(gs.ConfigurationError, match=r"structure iss: consumers=.*expected a mapping of module names"):
+        gs.ISS(consumers)
+
+
+# -- groups of several sizes under one budget -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("heuristic", ["paper", "within", "anti-paper"])
+def test_moving_groups_between_weights_of_other_sizes_leaves_less_open_than_a_group(heuristic: str) -> None:
+    """Rows of 100 weights and of 4: where none of 100 fits into what is free, those of 4 take it, pruned or not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(100, 4), nn.Linear(4, 80))
+    start = {"0.*": 0.5, "1.*": 0.05}
+    method = gs.DSR(structure="row", distribution=start, threshold=0.2, prune_fraction=0.1, heuristic=heuristic)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    sparsity = gs.attach(model, method, optimizer)
+    budget = 2 * 100 + 76 * 4
+    for step in range(30):
+        model(torch.randn(8, 100, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            model[1].weight.mul_(0.9)  # now and then most of the small rows fall below the threshold
+        (update,) = sparsity.update()
+        assert budget - 4 < sum(row["active"] for row in update.rows) <= budget
+        assert all(row["active"] for row in update.rows)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from glob import escape
 from typing import Any
 
 import torch
@@ -16,11 +17,11 @@ from torch import Tensor, nn
 
 from gossamer.attach import attach
 from gossamer.distribution import Distribution, active_weights, apportion_groups
-from gossamer.errors import ConfigurationError
-from gossamer.method import Proposal, StateOf
+from gossamer.errors import ConfigurationError, StateError
+from gossamer.method import Masks, Proposal, StateOf
 from gossamer.scores import magnitude
 from gossamer.structure import Structure, as_structure
-from gossamer.targets import Selection
+from gossamer.targets import Selection, named_weights
 from gossamer.weights.dsr import DSR, HEURISTICS
 from gossamer.weights.ranking import grow, prune_to
 
@@ -45,38 +46,56 @@ class Reparameterization(DSR):
 
     name = "dst"
 
+    def bind(self, model: nn.Module, masks: Masks) -> None:
+        """See `Method.bind`."""
+        super().bind(model, masks)
+        self._asked = self.budget  # what the arguments ask for; phases may change the budget
+
     def phases(self) -> dict[str, Callable[..., Proposal]]:
         """See `Method.phases`."""
         return super().phases() | {"resize": self._resize, "thin": self._thin, "shuffle": self._shuffle}
 
     def _resize(self, step: int, state: StateOf, sparsity: float) -> Proposal:
         self._refuse_cells()
-        alive = self._alive()
+        alive, trained = self._alive(), self._trained()
         active = self._active(alive)
-        sizes = [groups.size for groups in self.groups]
-        wanted = apportion_groups(
-            self._active_weights(sparsity),
-            [count * size for count, size in zip(active, sizes, strict=True)],
-            [groups.total for groups in self.groups],
-            sizes,
-            least=1,
-        )
+        wanted = [0 if each else now for now, each in zip(active, trained, strict=True)]
+        parts = [i for i, each in enumerate(trained) if each]
+        sizes = [self.groups[i].size for i in parts]
+        left = self._active_weights(sparsity) - self._weights(wanted)
+        if left < sum(sizes):
+            raise ConfigurationError(
+                f"sparsity={sparsity} leaves {left} active weights for {len(parts)} trained tensors, which take "
+                f"{sum(sizes)} for a group each; choose a lower sparsity"
+            )
+        most = [self.groups[i].total for i in parts]
+        shares = [active[i] * size for i, size in zip(parts, sizes, strict=True)]
+        for i, count in zip(parts, apportion_groups(left, shares, most, sizes, least=1), strict=True):
+            wanted[i] = count
         prune_to(self.groups, alive, wanted, magnitude, state, self.p)
-        return self._refill(alive, wanted)
+        proposal = self._refill(alive, wanted)
+        self.sparsity = sparsity
+        return proposal
 
     def _thin(self, step: int, state: StateOf, sparsity: float) -> Proposal:
         self._refuse_cells()
         before = self._alive()
-        kept = [max(1, active_weights(sparsity, groups.total)) for groups in self.groups]
+        kept = [
+            max(1, active_weights(sparsity, groups.total)) if trained else groups.total
+            for groups, trained in zip(self.groups, self._trained(), strict=True)
+        ]
         counts = [min(now, most) for now, most in zip(self._active(before), kept, strict=True)]
-        alive = [torch.zeros_like(mask) for mask in before]
-        return self._refill(alive, counts, eligible=before)
+        return self._refill(self._frozen(before), counts, eligible=before)
 
     def _shuffle(self, step: int, state: StateOf) -> Proposal:
         before, budget = self._alive(), self.budget
-        proposal = self._refill([torch.zeros_like(mask) for mask in before], self._active(before))
+        proposal = self._refill(self._frozen(before), self._active(before))
         self.budget = budget  # what was pruned and not yet reallocated is still to grow
         return proposal
+
+    def _frozen(self, alive: list[Tensor]) -> list[Tensor]:
+        """Masks of groups that live in layers that are not trained, which keep theirs."""
+        return [torch.zeros_like(mask) if each else mask for mask, each in zip(alive, self._trained(), strict=True)]
 
     def _refuse_cells(self) -> None:
         if self.groups[0].cell is not None:
@@ -87,12 +106,37 @@ class Reparameterization(DSR):
     def _refill(self, alive: list[Tensor], wanted: list[int], eligible: list[Tensor] | None = None) -> Proposal:
         """Grow at random, among the eligible groups, until so many are active; they are the budget from now on."""
         active = self._active(alive)
-        free = [mask == 0 for mask in alive] if eligible is None else [mask != 0 for mask in eligible]
+        free = [mask == 0 for mask in alive]
+        if eligible is not None:
+            free = [each & (mask != 0) for each, mask in zip(free, eligible, strict=True)]
         rooms = [int(count) for count in self._active([each.to(torch.int8) for each in free])]
         grow(self.groups, alive, free, rooms, [n - now for n, now in zip(wanted, active, strict=True)], self.generator)
         self.budget = self._weights(wanted)
         self._pruned = None
         return self._proposal(alive, wanted)
+
+    def settings(self) -> dict[str, Any]:
+        """See `Method.settings`; the sparsity may have been changed since, and is in the state."""
+        return {name: value for name, value in super().settings().items() if name != "sparsity"}
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Method.state_dict`."""
+        return super().state_dict() | {"asked": self._asked, "sparsity": self.sparsity}
+
+    def check_state(self, state: Mapping[str, Any], masks: Mapping[str, Tensor]) -> None:
+        """See `Method.check_state`."""
+        super().check_state(state, masks)
+        sparsity = state.get("sparsity")
+        if sparsity is not None and (not isinstance(sparsity, float | int) or not 0 <= sparsity < 1):
+            raise StateError(f"{self.name}: the saved sparsity is {sparsity!r:.40}; the file is damaged")
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `Method.load_state_dict`."""
+        super().load_state_dict(state)
+        self.sparsity = state["sparsity"]
+
+    def _expects(self, budget: int, state: Mapping[str, Any]) -> bool:
+        return state.get("asked") == self._asked
 
 
 class DSModel(nn.Module):
@@ -149,8 +193,7 @@ class DSModel(nn.Module):
         if targets is None:
             targets = list(marked) or list(getattr(model, "SPARSE_TARGETS", ())) or None
         if structure is None:
-            structure = marked if marked and targets == list(marked) else "element"
-        self.target_sparsity = target_sparsity
+            structure = _together(marked) if marked and targets == list(marked) else "element"
         method = Reparameterization(
             target_sparsity,
             targets=targets,
@@ -205,7 +248,6 @@ class DSModel(nn.Module):
         if wanted is None:
             raise ConfigurationError("sparsity: this DSModel was made without a target_sparsity; give one")
         self.handle.update("resize", sparsity=wanted)
-        self.target_sparsity = wanted
 
     def randomly_thin_to_group_sparsity(self, sparsity: float) -> None:
         """Prune random groups of every tensor until this fraction of them is zero; sparser tensors stay as they are.
@@ -220,6 +262,11 @@ class DSModel(nn.Module):
         self.handle.update("shuffle")
 
     # -- statistics --------------------------------------------------------------------------------------------------
+
+    @property
+    def target_sparsity(self) -> float | None:
+        """The fraction of zeros that was asked for last; `None` where the structure or the distribution says it."""
+        return self._method.sparsity
 
     @property
     def pruning_threshold(self) -> float:
@@ -317,6 +364,10 @@ class _Sparse:
     structure: Structure
 
     def __init__(self, *args: Any, structure: str | Structure = "element", **kwargs: Any) -> None:
+        if isinstance(structure, Mapping):
+            raise ConfigurationError(
+                f"structure: got a mapping for one {type(self).__name__}; give one structure, or the mapping to DSModel"
+            )
         self.__dict__["structure"] = as_structure(structure)
         super().__init__(*args, **kwargs)
 
@@ -353,12 +404,24 @@ class DSGRUCell(_Sparse, nn.GRUCell):
 
 def _marked(model: nn.Module) -> dict[str, str | Structure]:
     """The sparse weights of the modules of this file, and their structures."""
-    return {
-        f"{prefix}.{name}" if prefix else name: module.structure
-        for prefix, module in model.named_modules()
-        if isinstance(module, _Sparse)
-        for name in module.sparse
-    }
+    marked: dict[str, str | Structure] = {}
+    for target, _ in named_weights(model):
+        found = [owner.structure for owner, key in target.places if isinstance(owner, _Sparse) and key in owner.sparse]
+        if len({str(each) for each in found}) > 1:
+            raise ConfigurationError(
+                f"{target.name}: is tied, with structure {' in one module and '.join(map(str, found))} in another; "
+                "give all one structure"
+            )
+        if found:
+            marked[target.name] = found[0]
+    return marked
+
+
+def _together(marked: Mapping[str, str | Structure]) -> str | Structure | Mapping[str, str | Structure]:
+    """One structure for all where it is one, since N:M is not for some weights only; else by name."""
+    if len({str(each) for each in marked.values()}) == 1:
+        return next(iter(marked.values()))
+    return {escape(name): each for name, each in marked.items()}
 
 
 def _table(head: list[str], rows: list[list[Any]]) -> str:

@@ -175,10 +175,9 @@ class DSR(MaskMethod):
             grow(self.groups, alive, free, rooms, lost, self.generator)
             return allocate("uniform", self.groups, self.budget)
         freed = self.budget - self._weights(active)
-        back = max(0, freed - self._weights(rooms))
-        counts = self._apportion(freed - back, active, rooms)
+        counts = self._apportion(freed, active, rooms)
         grow(self.groups, alive, free, rooms, counts, self.generator)
-        if back:
+        if back := freed - self._weights(counts):  # no other room, or none that a group of its size fits in
             again = self._apportion(back, active, lost)
             free = [
                 torch.zeros_like(mask, dtype=torch.bool).index_fill_(0, gone, True)

@@ -139,7 +139,7 @@ class MaskMethod(Method):
         except (RuntimeError, NotImplementedError) as error:
             raise StateError(f"{self.name}: the saved random state is damaged ({error}); use an earlier file") from None
         budget = state.get("budget")
-        if not isinstance(budget, int) or (self._budget_is_fixed and budget != self.budget):
+        if not isinstance(budget, int) or (self._budget_is_fixed and not self._expects(budget, state)):
             raise StateError(
                 f"{self.name}: the saved budget is {budget} active weights, the attached one {self.budget}; attach "
                 "with the sparsity the state was saved with"
@@ -181,6 +181,10 @@ class MaskMethod(Method):
     def _budget_of(self, active: list[int]) -> int:
         """The budget in weights, given the active groups of each tensor at the start."""
         return self._weights(active)
+
+    def _expects(self, budget: int, state: Mapping[str, Any]) -> bool:
+        """Whether a saved budget is the one that the arguments ask for."""
+        return budget == self.budget
 
     def _admits(self, active: int, budget: int) -> bool:
         """Whether so many weights can be active under a budget."""
