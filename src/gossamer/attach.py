@@ -10,6 +10,7 @@ import copy
 import logging
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from gossamer.hooks import StepHooks
 from gossamer.masks import count_active, enforce, pack, rows_like
 from gossamer.method import Masks, MaskUpdate, Method
 from gossamer.summary import Summary, summarize
-from gossamer.targets import local, plain_name
+from gossamer.targets import local, named_weights
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ class Sparsity:
             _check_first_masks(self.methods)
             self._place_masks()
             for tensor in self._hooks.tensors():
-                enforce(local(tensor.parameter), tensor.mask)
+                tensor.enforce()
         optimizers.move_to_own_groups(groups, found)
         self._hooks.follow(found)
 
@@ -160,7 +161,7 @@ class Sparsity:
         """
         self._require_attached()
         self._require_placed()
-        masked = {id(tensor.parameter): tensor for tensor in self._hooks.tensors()}
+        masked = {id(tensor.parameter): tensor for tensor in self._hooks.tensors() if tensor.computed is None}
         followed = (p for each in self._hooks.optimizers for p in optimizers.parameters(each))
         owners = {id(parameter): parameter for parameter in (*followed, *self._model.parameters())}.values()
         trained = [parameter for parameter in owners if parameter.grad is not None]
@@ -243,7 +244,7 @@ class Sparsity:
         A weight whose mask is still being learned counts as active.
         """
         claims = self._hooks.claims()
-        total = sum(each.parameter.numel() for each in claims)
+        total = sum(prod(each.shape) for each in claims)
         pruned = sum(tensor.weights - tensor.active for tensor in self._hooks.tensors())
         return (total - pruned) / total if total else 1.0
 
@@ -266,22 +267,26 @@ class Sparsity:
         self._require_placed()
         if not isinstance(copy, nn.Module):
             raise ConfigurationError(f"project: expected a module, a copy of the model, got {type(copy).__name__}")
-        found = {plain_name(name): parameter for name, parameter in copy.named_parameters(remove_duplicate=False)}
+        found = {target.name: target for target, _ in named_weights(copy)}
         pairs = []
         for tensor in self._hooks.tensors():
             # An average of a model under DDP adds the prefix twice.
             spellings = (f"{prefix}{tensor.name}" for prefix in ("", "module.", "module.module."))
-            parameter = next((found[name] for name in spellings if name in found), None)
-            if parameter is None or tuple(parameter.shape) != tensor.shape:
-                shape = None if parameter is None else tuple(parameter.shape)
+            target = next((found[name] for name in spellings if name in found), None)
+            if target is None or target.shape != tensor.shape:
+                shape = None if target is None else target.shape
                 raise ConfigurationError(
                     f"project: the copy has {'no parameter' if shape is None else f'shape {shape} for'} {tensor.name} "
                     f"{tensor.shape}; it must be a copy of the attached model"
                 )
-            pairs.append((parameter, tensor))
-        for parameter, tensor in pairs:
-            weight = local(parameter)
-            enforce(weight, rows_like(tensor.distribute(tensor.mask), parameter).to(weight.device))
+            pairs.append((target, tensor))
+        for target, tensor in pairs:
+            weight = local(target.parameter)
+            mask = rows_like(tensor.distribute(tensor.mask), target.parameter).to(weight.device)
+            if target.computed is None:
+                enforce(weight, mask)
+            else:
+                target.computed.mask = mask.clone()
 
     # -- end -----------------------------------------------------------------------------------------------------------
 
@@ -305,11 +310,14 @@ class Sparsity:
         for method in self.methods:
             method.finalize()
         tensors = self._hooks.tensors()
+        numbers = [tensor.parameter for tensor in tensors if tensor.computed is not None]
         for tensor in tensors:
-            enforce(local(tensor.parameter), tensor.mask)
+            tensor.finalize()
         count_active(tensors)
         for optimizer in self._hooks.optimizers:
             optimizers.drop_parameters(optimizer, learned)
+            for parameter in numbers:  # which are the weights themselves now, in another shape
+                optimizer.state.pop(parameter, None)
         self._hooks.release()
         return self._model
 

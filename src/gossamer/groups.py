@@ -130,7 +130,7 @@ def changes(
 def layout_of(target: Target) -> Layout:
     """How a target's weight lies in memory."""
     convolution_groups = getattr(target.places[0][0], "groups", 1)
-    return Layout(tuple(target.parameter.shape), target.input_dim, convolution_groups)
+    return Layout(target.shape, target.input_dim, convolution_groups)
 
 
 def score_weights(tensor: MaskedTensor, score: Score, state: StateOf, index: Tensor | None = None) -> Tensor:

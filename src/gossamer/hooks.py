@@ -250,7 +250,7 @@ class StepHooks:
                 for tensor in tensors:
                     optimizers.forget_pruned(tensor, optimizer.state.get(tensor.parameter, {}))
             for tensor in tensors:
-                if tensor.parameter.grad is not None:
+                if tensor.computed is None and tensor.parameter.grad is not None:
                     enforce(local(tensor.parameter.grad), tensor.mask)
 
     def _begin_step(self, optimizer: optim.Optimizer) -> bool:
@@ -285,7 +285,7 @@ class StepHooks:
             parameter.grad = gradient
         for tensor in self._held(optimizer):
             with torch.no_grad():
-                enforce(local(tensor.parameter), tensor.mask)
+                tensor.enforce()
         if index == len(self.optimizers) - 1:
             self.tell()
 

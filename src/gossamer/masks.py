@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.utils import parametrize
 
 from gossamer.errors import ConfigurationError
 from gossamer.targets import Target, local
@@ -35,6 +36,7 @@ class MaskedTensor:
 
     Attributes:
         target: The weight, found by its owner, so that a replaced Parameter is seen.
+        computed: What computes the weight where it is no parameter itself; then the mask acts there.
         structure: What its mask is made of, for tables.
         row_multiple: A shard of the weight must begin at a multiple of so many rows.
         shape: The weight's global shape.
@@ -47,13 +49,13 @@ class MaskedTensor:
     """
 
     def __init__(self, target: Target, structure: str = "element", row_multiple: int = 1) -> None:
-        parameter = target.parameter
         self.target = target
+        self.computed = target.computed
         self.structure = structure
         self.row_multiple = row_multiple
-        self.shape = tuple(parameter.shape)
-        self.weights = parameter.numel()
-        self.mask = torch.full_like(local(parameter), -1, dtype=torch.int8)
+        self.shape = target.shape
+        self.weights = prod(self.shape)
+        self.mask = torch.full_like(self.values(), -1, dtype=torch.int8)
         self.active = self.weights
         self.begun: Tensor | None = None
         self.process_group, self.first_row = self.sharding()
@@ -73,6 +75,29 @@ class MaskedTensor:
         """The dimension that runs over inputs."""
         return self.target.input_dim
 
+    def values(self) -> Tensor:
+        """The weights on this rank; shares memory with the parameter, if it is one."""
+        numbers = local(self.parameter)
+        if self.computed is None:
+            return numbers
+        with torch.no_grad():
+            return self.computed(numbers)  # type: ignore[no-any-return]
+
+    def enforce(self) -> None:
+        """Set pruned weights to +0.0."""
+        if self.computed is None:
+            enforce(local(self.parameter), self.mask)
+        else:
+            self.computed.mask = self.mask
+
+    def finalize(self) -> None:
+        """Leave a plain parameter with exact zeros."""
+        self.enforce()
+        if self.computed is not None:
+            for owner, attribute in self.target.places:
+                parametrize.remove_parametrizations(owner, attribute, leave_parametrized=True)
+            self.computed = None
+
     def apply(self, change: Change) -> tuple[Tensor, Tensor]:
         """Put a new mask in force. Pruned weights become 0, newly active and renewed ones start at the change's values.
 
@@ -84,11 +109,14 @@ class MaskedTensor:
         """
         grown = self.mask.bitwise_not().bitwise_and_(change.mask)
         begun = grown if change.renewed is None else grown | (change.renewed & change.mask)
-        weight = local(self.parameter)
-        enforce(weight, change.mask ^ begun)
-        if change.values is not None:
-            weight.copy_(torch.where(begun != 0, change.values, weight))
+        if self.computed is None:
+            weight = local(self.parameter)
+            enforce(weight, change.mask ^ begun)
+            if change.values is not None:
+                weight.copy_(torch.where(begun != 0, change.values, weight))
         self.mask.copy_(change.mask)
+        if self.computed is not None:
+            self.computed.mask = self.mask
         return grown, begun
 
     def sharding(self) -> tuple[dist.ProcessGroup | None, int]:
@@ -99,12 +127,17 @@ class MaskedTensor:
                 every rank alike.
         """
         parameter = self.parameter
-        if tuple(parameter.shape) != self.shape:
+        if self.target.shape != self.shape:
             raise ConfigurationError(
-                f"{self.name}: had shape {self.shape} when it was attached and has {tuple(parameter.shape)} now"
+                f"{self.name}: had shape {self.shape} when it was attached and has {self.target.shape} now"
             )
         if not isinstance(parameter, DTensor):
             return None, 0
+        if self.computed is not None:
+            raise ConfigurationError(
+                f"{self.name}: is computed from numbers that are sharded, which masks cannot follow; leave its module "
+                "out of `fully_shard` (ignored_params), or exclude it from targets"
+            )
         placements = parameter.placements
         sharded = [dim for dim, placement in enumerate(placements) if placement.is_shard()]
         if not sharded:
@@ -140,8 +173,11 @@ class MaskedTensor:
             parts = [rows_like(part, self.parameter) for part in parts]
         self.process_group, self.first_row = process_group, first_row
         self.target.remember_shard()
-        placed = [torch.empty_like(local(self.parameter), dtype=torch.int8).copy_(part) for part in parts]
+        like = self.values()
+        placed = [torch.empty_like(like, dtype=torch.int8).copy_(part) for part in parts]
         self.mask, self.begun = placed[0], placed[1] if len(placed) > 1 else None
+        if self.computed is not None:
+            self.computed.mask = self.mask
 
     def distribute(self, part: Tensor) -> Tensor:
         """A tensor of this rank's rows as a DTensor sharded as the weight is, or as it is where nothing is sharded."""
@@ -228,10 +264,11 @@ def packed_shape(shape: Sequence[int]) -> tuple[int, int]:
     return shape[0], -(-prod(shape[1:]) // 8)
 
 
-def unpack_like(packed: Tensor, parameter: Tensor) -> Tensor:
+def unpack_like(packed: Tensor, weight: Target | MaskedTensor) -> Tensor:
     """This rank's part of a packed mask of a whole weight: int8, where and as the weight is."""
-    part = local(parameter)
-    return unpack(rows_like(packed, parameter).to(part.device), part.shape)
+    part = local(weight.parameter)
+    shape = part.shape if weight.computed is None else weight.shape
+    return unpack(rows_like(packed, weight.parameter).to(part.device), shape)
 
 
 def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:

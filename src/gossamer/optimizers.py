@@ -120,7 +120,7 @@ def forget_pruned(tensor: MaskedTensor, state: Mapping[str, Any]) -> None:
 
 def _weightwise(tensor: MaskedTensor, state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """The state tensors that hold one number a weight, as far as they are on this rank."""
-    for key, value in state.items():
+    for key, value in state.items() if tensor.computed is None else ():
         if (
             key not in FACTORED
             and isinstance(value, Tensor)

@@ -39,7 +39,7 @@ class View:
     @property
     def weight(self) -> Tensor:
         """The weights."""
-        return self.take(self._tensor.parameter)
+        return self.take(self._tensor.values())
 
     @property
     def gradient(self) -> Tensor:
@@ -48,6 +48,7 @@ class View:
         Raises:
             ConfigurationError: There is none.
         """
+        self._refuse_computed()
         gradient = self._tensor.parameter.grad
         if gradient is None:
             raise ConfigurationError(
@@ -63,6 +64,7 @@ class View:
         Raises:
             ConfigurationError: The optimizer keeps none, or has made no step yet.
         """
+        self._refuse_computed()
         for key in ("exp_avg", "momentum_buffer"):
             if self._state.get(key) is not None:
                 return self.take(self._state[key])
@@ -70,6 +72,13 @@ class View:
             f"{self.name}: score 'momentum' needs an optimizer that keeps a running mean of gradients (SGD with "
             f"momentum, Adam and its kin) and has made a step; the state here has {sorted(self._state) or 'nothing'}"
         )
+
+    def _refuse_computed(self) -> None:
+        if self._tensor.computed is not None:
+            raise ConfigurationError(
+                f"{self.name}: is computed from other numbers, and no gradient or momentum of its own is kept; score "
+                "by 'magnitude', grow at random (SET, DSR), or leave it out of targets"
+            )
 
     def take(self, tensor: Tensor) -> Tensor:
         """Of a tensor with a value for each weight, those that belong to the weights of this view.

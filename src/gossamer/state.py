@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from gossamer.errors import StateError
-from gossamer.masks import count_active, enforce, is_packed, packed_shape, unpack_like
+from gossamer.masks import count_active, is_packed, packed_shape, unpack_like
 from gossamer.method import Method
 from gossamer.optimizers import SECOND_MOMENTS
-from gossamer.targets import local, plain_name
+from gossamer.targets import plain_name
 
 FORMAT = 1
 """Version of the saved state."""
@@ -110,8 +110,8 @@ def restore(methods: Sequence[Method], state: Mapping[str, Any]) -> None:
     tensors = [tensor for method in methods for tensor in method.tensors]
     for tensor in tensors:
         tensor.begun = None
-        tensor.mask.copy_(unpack_like(masks[_strip(tensor.name)], tensor.parameter))
-        enforce(local(tensor.parameter), tensor.mask)
+        tensor.mask.copy_(unpack_like(masks[_strip(tensor.name)], tensor))
+        tensor.enforce()
     count_active(tensors)
 
 
@@ -123,7 +123,7 @@ def _check_masks(method: Method, state: Mapping[str, Any]) -> dict[str, Tensor]:
         mask, listed = masks.get(_strip(each.name)), shapes.get(_strip(each.name))
         if mask is None:
             continue
-        here = tuple(each.parameter.shape)
+        here = each.shape
         shape = tuple(listed) if isinstance(listed, Sequence) and all(type(n) is int for n in listed) else listed
         if not isinstance(shape, tuple) or shape != here or not is_packed(mask, here):
             form = f"{tuple(mask.shape)}, {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
@@ -131,7 +131,7 @@ def _check_masks(method: Method, state: Mapping[str, Any]) -> dict[str, Tensor]:
                 f"sparsity state: the mask of {each.name} is for shape {_brief(shape)} (packed {form}), the weight has "
                 f"{here} (packed {packed_shape(here)}, torch.uint8)"
             )
-        found[each.name] = unpack_like(mask, each.parameter)
+        found[each.name] = unpack_like(mask, each)
     return found
 
 

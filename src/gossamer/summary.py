@@ -104,7 +104,7 @@ def summarize(model: nn.Module, methods: Sequence[Method], learned: Collection[i
 def _rows(method: Method) -> Iterator[dict[str, Any]]:
     for each in method.holdings():
         tensor = each if isinstance(each, MaskedTensor) else None
-        shape = each.parameter.shape if tensor is None else tensor.shape
+        shape = each.shape
         total = prod(shape)
         active = total if tensor is None else tensor.active
         yield {

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from math import prod
 
 import torch
 from torch import nn
@@ -39,6 +40,35 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """The name parts that `torch.compile`, FSDP and activation checkpointing put into parameter names."""
+
+
+class ComputedWeight(nn.Module):
+    """A parametrization that computes a weight from other numbers, which are trained instead of it.
+
+    A mask cannot be kept in such numbers, which may serve several weights: it acts in the forward pass.
+
+    Args:
+        shape: The weight's.
+
+    Attributes:
+        mask: int8, in the weight's shape, −1 active and 0 pruned; `None` where every weight is active.
+    """
+
+    mask: torch.Tensor | None
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        self.register_buffer("mask", None, persistent=False)
+
+    def compute(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The weight, without its mask."""
+        raise NotImplementedError
+
+    def forward(self, numbers: torch.Tensor) -> torch.Tensor:
+        """The weight, exactly +0.0 where it is pruned."""
+        weight = self.compute(numbers)
+        return weight if self.mask is None else torch.where(self.mask != 0, weight, torch.zeros_like(weight))
 
 
 @dataclass(eq=False)
@@ -70,6 +100,21 @@ class Target:
         assert isinstance(found, nn.Parameter)
         return found if self.sharded is None or isinstance(found, DTensor) else self.sharded
 
+    @property
+    def computed(self) -> ComputedWeight | None:
+        """What computes the weight from `parameter`; `None` where it is the parameter itself."""
+        owner, attribute = self.places[0]
+        parametrizations = getattr(owner, "parametrizations", None)
+        if not isinstance(parametrizations, nn.ModuleDict) or attribute not in parametrizations:
+            return None
+        return _computes(parametrizations[attribute])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's global shape."""
+        computed = self.computed
+        return tuple(self.parameter.shape) if computed is None else computed.shape
+
     def remember_shard(self) -> None:
         """Keep hold of the parameter as it is now, if it is a shard."""
         found = self.parameter
@@ -93,13 +138,17 @@ def named_weights(model: nn.Module) -> Iterator[tuple[Target, list[nn.Module]]]:
             if parameter is None:
                 continue
             names.setdefault(id(parameter), plain_name(f"{prefix}.{attribute}" if prefix else attribute))
-            held = places.setdefault(id(parameter), [])
-            if not any(each is module and name == attribute for each, name in held):
-                held.append((module, attribute))
             holders = owners.setdefault(id(parameter), [])
             holders.append(module)
+            place = (module, attribute)
             if isinstance(module, parametrize.ParametrizationList):
-                holders.append(modules[prefix.rpartition(".parametrizations.")[0] or ""])
+                path, _, computed = f".{prefix}".rpartition(".parametrizations.")
+                holders.append(modules[path[1:]])
+                if _computes(module) is not None:
+                    place = (modules[path[1:]], computed)
+            held = places.setdefault(id(parameter), [])
+            if not any(each is place[0] and name == place[1] for each, name in held):
+                held.append(place)
     for key, name in names.items():
         transposed = any(isinstance(owner, nn.modules.conv._ConvTransposeNd) for owner in owners[key])
         yield Target(name, tuple(places[key]), 0 if transposed else 1), owners[key]
@@ -149,7 +198,7 @@ def _is_weight(target: Target) -> bool:
     # Attention adds its biases to keys and values as further tokens, (1, 1, features).
     owner, attribute = target.places[0]
     is_bias = isinstance(owner, nn.MultiheadAttention) and attribute in ("bias_k", "bias_v")
-    return target.parameter.dim() >= 2 and not is_bias
+    return len(target.shape) >= 2 and not is_bias
 
 
 def _is_embedding(owners: Sequence[nn.Module]) -> bool:
@@ -219,9 +268,9 @@ def _check(target: Target) -> None:
     parameter = target.parameter
     if isinstance(parameter, nn.UninitializedParameter):
         raise ConfigurationError(f"{target.name}: the layer is lazy and has no weight yet; run one forward first")
-    if parameter.dim() < 2:
+    if len(target.shape) < 2:
         raise ConfigurationError(
-            f"{target.name}: has shape {tuple(parameter.shape)}; masks are for weights of two or more dimensions"
+            f"{target.name}: has shape {target.shape}; masks are for weights of two or more dimensions"
         )
     if parameter.numel() == 0:
         raise ConfigurationError(f"{target.name}: has shape {tuple(parameter.shape)} and no weight to mask; exclude it")
@@ -252,8 +301,14 @@ def _some(names: Sequence[str], most: int = 6) -> str:
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Number of parameters of a model, tied ones once."""
-    return sum(p.numel() for p in model.parameters() if not isinstance(p, nn.UninitializedParameter))
+    """Number of parameters of a model, tied ones once; a `ComputedWeight` counts as the weight that it computes."""
+    lazy = nn.UninitializedParameter
+    return sum(prod(t.shape) for t, _ in named_weights(model) if not isinstance(t.parameter, lazy))
+
+
+def _computes(parametrizations: nn.Module | None) -> ComputedWeight | None:
+    first = parametrizations[0] if isinstance(parametrizations, nn.ModuleList) and len(parametrizations) else None
+    return first if isinstance(first, ComputedWeight) else None
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:

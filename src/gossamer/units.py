@@ -123,7 +123,7 @@ def units(targets: Sequence[Target], structure: ISS) -> list[Units]:
     modules: dict[str, nn.RNNBase | nn.RNNCellBase] = {}
     for target in targets:
         owner, module = target.places[0][0], target.name.rpartition(".")[0]
-        tensors[target.name] = MaskedTensor(target, str(structure), target.parameter.shape[0])
+        tensors[target.name] = MaskedTensor(target, str(structure), target.shape[0])
         if isinstance(owner, nn.RNNBase | nn.RNNCellBase):
             modules[module] = owner
         elif not any(target.name in names for names in consumers.values()):

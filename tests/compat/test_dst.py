@@ -406,3 +406,106 @@ def test_update_before_the_first_step_gives_grown_weights_fresh_state(small):
         train(model, each, range(3, 4), reparameterize=False)
     for parameter, copied in zip(small.parameters(), other.parameters(), strict=True):
         assert parameter.equal(copied)
+
+
+# -- parameters for modules of one's own --------------------------------------------------------------------------------
+
+
+class Own(nn.Module):
+    def __init__(self, hashed=False, structure="row"):
+        super().__init__()
+        torch.manual_seed(0)
+        first = torch.randn(12, 10) / 3
+        dense = dst.HashedParameter(first, 40, seed=1) if hashed else dst.StructuredDenseParameter(first)
+        self.weight = dst.StructuredSparseParameter(dense, structure)
+        self.head = dst.StructuredSparseParameter(torch.randn(4, 12) / 3, "block:2x3")
+
+    def forward(self, x):
+        return nn.functional.linear(torch.tanh(nn.functional.linear(x, self.weight())), self.head())
+
+
+@pytest.mark.parametrize("hashed", [False, True], ids=["dense", "hashed"])
+def test_own_modules_are_sparse_by_their_groupings(hashed):
+    own = Own(hashed)
+    model = gs.DSModel(own, 0.5, pruning_threshold=0.3, over="targets")
+    assert (model.np_total, model.np_sparse, model.np_dense) == (168, 168, 0)
+    assert [name for name, _ in model.named_sparse_parameters()] == [
+        "model.weight.dense.weight",
+        "model.head.dense.weight",
+    ]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    bank = own.weight.dense.parameter
+    assert tuple(bank.shape) == ((40,) if hashed else (12, 10))
+    for step in range(10):
+        before = bank.detach().clone()
+        model(torch.randn(8, 10, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert not bank.equal(before)
+        model.reparameterize()
+        rows, blocks = own.weight.mask, own.head.mask.view(2, 2, 4, 3).transpose(1, 2).reshape(8, 6)
+        assert all(row.all() or not row.any() for row in rows)
+        assert all(block.all() or not block.any() for block in blocks)
+        assert 84 - 6 < int(rows.sum() + blocks.sum()) <= 84
+        assert not own.weight()[~rows].any()
+        assert not own.head()[~own.head.mask].any()
+        assert own.weight.sparsity == 1 - int(rows.sum()) / 120
+
+
+@pytest.mark.parametrize("hashed", [False, True], ids=["dense", "hashed"])
+def test_groups_of_a_parameter_have_counts_sizes_and_norms(hashed):
+    own = Own(hashed)
+    (groups,) = own.weight.groups()
+    assert (groups.total, groups.size) == (12, 10)
+    torch.testing.assert_close(own.weight.norms(), own.weight().detach().norm(dim=1))
+    torch.testing.assert_close(own.weight.norms(1.0), own.weight().detach().abs().sum(1))
+    both = dst.StructuredSparseParameter(own.weight.dense, "row+column")
+    assert [(each.total, each.size) for each in both.groups()] == [(12, 10), (10, 12)]
+    weight = own.weight().detach()
+    torch.testing.assert_close(both.norms(), torch.cat([weight.norm(dim=1), weight.norm(dim=0)]))
+    assert own.weight.mask.all()
+    assert own.weight.sparsity == 0
+
+
+def test_a_hashed_model_is_saved_and_goes_on_where_it_was():
+    def make():
+        model = gs.DSModel(Own(hashed=True), 0.5, pruning_threshold=0.3, over="targets")
+        return model, torch.optim.Adam(model.parameters(), lr=0.01)
+
+    def train(model, optimizer, steps):
+        for step in steps:
+            model(torch.randn(8, 10, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            model.reparameterize()
+
+    unbroken, broken = make(), make()
+    train(*unbroken, range(6))
+    train(*broken, range(3))
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in broken], file)
+    file.seek(0)
+    broken = make()
+    for part, state in zip(broken, torch.load(file, weights_only=True), strict=True):
+        part.load_state_dict(state)
+    train(*broken, range(3, 6))
+    for mine, other in zip(unbroken[0].parameters(), broken[0].parameters(), strict=True):
+        assert mine.equal(other)
+    assert unbroken[0].stats_table == broken[0].stats_table
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: dst.StructuredDenseParameter(torch.randn(4)), r"weight: got \(4,\), torch.float32; expected"),
+        (lambda: dst.StructuredDenseParameter(torch.ones(4, 4, dtype=torch.int64)), "torch.int64; expected"),
+        (lambda: dst.StructuredSparseParameter([[1.0]]), "weight: got list"),
+        (lambda: dst.HashedParameter(torch.randn(4, 4), 17), "size: expected"),
+        (lambda: dst.StructuredSparseParameter(torch.randn(4, 5), "2:4"), "2:4 needs a number of inputs"),
+        (lambda: dst.StructuredSparseParameter(torch.randn(4, 5), "iss"), "structure 'iss' is for RNN"),
+        (lambda: dst.StructuredSparseParameter(torch.randn(4, 5), {"*": "row"}), "got a mapping for one"),
+    ],
+)
+def test_bad_parameters_are_refused(make, message):
+    with pytest.raises(gs.ConfigurationError, match=message):
+        make()

@@ -17,11 +17,15 @@ from torch import Tensor, nn
 
 from gossamer.attach import attach
 from gossamer.distribution import Distribution, active_weights, apportion_groups
+from gossamer.divide import divide
 from gossamer.errors import ConfigurationError, StateError
+from gossamer.groups import Groups
+from gossamer.masks import MaskedTensor
 from gossamer.method import Masks, Proposal, StateOf
+from gossamer.nn import hash_weight
 from gossamer.scores import magnitude
-from gossamer.structure import Structure, as_structure
-from gossamer.targets import Selection, named_weights
+from gossamer.structure import ByName, Structure, as_structure
+from gossamer.targets import FLOATS, Selection, named_weights, parameter_count
 from gossamer.weights.dsr import DSR, HEURISTICS
 from gossamer.weights.ranking import grow, prune_to
 
@@ -146,7 +150,8 @@ class DSModel(nn.Module):
     own entries under `model.`, and masks, threshold and random state as extra state.
 
     Args:
-        model: The model. Its sparse weights are those of `DSLinear`, `DSConv2d` … where it has such modules; else those
+        model: The model. Its sparse weights are those of `DSLinear`, `DSConv2d` … and every `StructuredSparseParameter`
+            where it has such modules; else those
             that its `SPARSE_TARGETS` choose, as the networks of `gossamer.zoo` have; else gossamer's default targets.
         target_sparsity: Fraction of zeros, in [0, 1); `None` where an N:M structure or the distribution says it.
         target_fraction_to_prune: Fraction of all parameters intended to be pruned at a reparameterization, in (0, 1).
@@ -211,6 +216,10 @@ class DSModel(nn.Module):
         )
         self.handle = attach(model, method, "auto")
         self.model = model
+        found = {id(tensor.parameter): tensor for tensor in self._method.tensors}
+        for module in model.modules():
+            if isinstance(module, StructuredSparseParameter):
+                module.tensor = found.get(id(module.dense.parameter))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own."""
@@ -287,13 +296,13 @@ class DSModel(nn.Module):
 
     @property
     def np_total(self) -> int:
-        """Number of parameters."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        """Number of parameters; a hashed one counts as the weight that it computes."""
+        return parameter_count(self.model)
 
     @property
     def np_sparse(self) -> int:
         """Number of parameters in sparse tensors."""
-        return sum(parameter.numel() for parameter in self.sparse_parameters())
+        return sum(tensor.weights for tensor in self._method.tensors)
 
     @property
     def np_dense(self) -> int:
@@ -333,7 +342,7 @@ class DSModel(nn.Module):
         )
 
     def sparse_parameters(self) -> Iterator[nn.Parameter]:
-        """The sparse tensors."""
+        """The sparse tensors; of a hashed one its bank."""
         return (parameter for _, parameter in self.named_sparse_parameters())
 
     def named_sparse_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -357,6 +366,105 @@ class DSModel(nn.Module):
         return method
 
 
+class StructuredDenseParameter(nn.Module):
+    """A weight that a `StructuredSparseParameter` makes sparse; calling it gives the weight.
+
+    Args:
+        weight: First values, of two or more dimensions: outputs, inputs, and further ones of a kernel. They are copied.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        if not isinstance(weight, Tensor) or weight.dim() < 2 or weight.dtype not in FLOATS:
+            found = f"{tuple(weight.shape)}, {weight.dtype}" if isinstance(weight, Tensor) else type(weight).__name__
+            raise ConfigurationError(
+                f"weight: got {found}; expected a tensor of floating-point numbers of two or more dimensions"
+            )
+        self.weight = nn.Parameter(weight.detach().clone())
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The weight's."""
+        return tuple(self.weight.shape)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """What is trained: the weight itself, or the bank that it is computed from."""
+        return next(self.parameters())
+
+    def forward(self) -> Tensor:
+        """The weight."""
+        return self.weight
+
+
+class HashedParameter(StructuredDenseParameter):
+    """A weight computed from a bank of `size` numbers by hashing (HashedNets: Chen et al., 2015).
+
+    Args:
+        weight: First values; the bank gets their variance, or with `fit` is fitted to them.
+        size: Numbers in the bank, from 1 to the number of weights.
+        seed: Seed of the hashes; give every weight another.
+        fit: Whether the first values are trained ones.
+
+    See `gossamer.nn.hash_weight`, which does the same to the weight of any module.
+    """
+
+    def __init__(self, weight: Tensor, size: int, seed: int = 0, *, fit: bool = False) -> None:
+        super().__init__(weight)
+        hash_weight(self, "weight", size, seed, fit=fit)
+
+
+class StructuredSparseParameter(nn.Module):
+    """A weight whose groups live or die together in a `DSModel`, for modules of one's own; calling it gives the weight.
+
+    Args:
+        dense: The weight, plain or hashed; or a tensor, for a plain one.
+        structure: How it is grouped; see `gossamer.structure.as_structure`.
+
+    Attributes:
+        dense: The weight.
+        structure: Its grouping.
+        tensor: Its mask, once a `DSModel` has the module: a `gossamer.masks.MaskedTensor`.
+
+    Raises:
+        ConfigurationError: No weight, or a structure that does not divide it.
+    """
+
+    tensor: MaskedTensor | None
+
+    def __init__(self, dense: StructuredDenseParameter | Tensor, structure: str | Structure = "element") -> None:
+        super().__init__()
+        self.dense = dense if isinstance(dense, StructuredDenseParameter) else StructuredDenseParameter(dense)
+        self.structure = _structure_of_one(self, structure)
+        self.tensor = None
+        self.groups()
+
+    def forward(self) -> Tensor:
+        """The weight, +0.0 where it is pruned."""
+        return self.dense()  # type: ignore[no-any-return]
+
+    def groups(self) -> list[Groups]:
+        """The groups: one object with `total` and `size` for each part of the structure (a sum has two)."""
+        (target,) = (target for target, _ in named_weights(self))
+        return divide([target], self.structure)
+
+    def norms(self, p: float = 2.0) -> Tensor:
+        """The Lp-norms of the groups, those of a second part after those of the first: `(groups,)`."""
+        return torch.cat([each.scores(magnitude, lambda _: {}, p) for each in self.groups()])
+
+    @property
+    def mask(self) -> Tensor:
+        """bool, in the weight's shape, True where active."""
+        if self.tensor is None:
+            return torch.ones(self.dense.shape, dtype=torch.bool, device=self.dense.parameter.device)
+        return self.tensor.mask != 0
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of pruned weights."""
+        return 0.0 if self.tensor is None else 1 - self.tensor.active / self.tensor.weights
+
+
 class _Sparse:
     """What the modules below share: which of their weights a `DSModel` makes sparse, and by which structure."""
 
@@ -364,11 +472,7 @@ class _Sparse:
     structure: Structure
 
     def __init__(self, *args: Any, structure: str | Structure = "element", **kwargs: Any) -> None:
-        if isinstance(structure, Mapping):
-            raise ConfigurationError(
-                f"structure: got a mapping for one {type(self).__name__}; give one structure, or the mapping to DSModel"
-            )
-        self.__dict__["structure"] = as_structure(structure)
+        self.__dict__["structure"] = _structure_of_one(self, structure)
         super().__init__(*args, **kwargs)
 
 
@@ -402,11 +506,22 @@ class DSGRUCell(_Sparse, nn.GRUCell):
     sparse = ("weight_ih", "weight_hh")
 
 
+def _structure_of_one(module: object, structure: str | Structure) -> Structure:
+    if isinstance(structure, Mapping | ByName):
+        raise ConfigurationError(
+            f"structure: got a mapping for one {type(module).__name__}; give one structure, or the mapping to DSModel"
+        )
+    return as_structure(structure)
+
+
 def _marked(model: nn.Module) -> dict[str, str | Structure]:
     """The sparse weights of the modules of this file, and their structures."""
+    wrapped = (module for module in model.modules() if isinstance(module, StructuredSparseParameter))
+    alone = {module.dense: module.structure for module in wrapped}
     marked: dict[str, str | Structure] = {}
     for target, _ in named_weights(model):
         found = [owner.structure for owner, key in target.places if isinstance(owner, _Sparse) and key in owner.sparse]
+        found += [alone[owner] for owner, _ in target.places if owner in alone]
         if len({str(each) for each in found}) > 1:
             raise ConfigurationError(
                 f"{target.name}: is tied, with structure {' in one module and '.join(map(str, found))} in another; "

@@ -52,6 +52,9 @@ class DropGrow(MaskMethod):
         check_number("drop_fraction", self.drop_fraction, 0, 1, open_high=True)
         as_score(self.drop_score, "drop_score")
 
+    def _scores(self) -> list[str | Score]:
+        return [self.drop_score] + ([] if self.grow_score is None else [self.grow_score])
+
     def due(self, step: int) -> bool:
         """See `Method.due`."""
         return self._schedule.due(step) and self.fraction(step) > 0

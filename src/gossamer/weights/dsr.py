@@ -247,7 +247,7 @@ class DSR(MaskMethod):
         self._last_pruned = state["last_pruned"]
         self._pruned = None
         if (spared := state.get("spared")) is not None:
-            masks = {tensor.name: unpack_like(spared[tensor.name], tensor.parameter) for tensor in self.tensors}
+            masks = {tensor.name: unpack_like(spared[tensor.name], tensor) for tensor in self.tensors}
             self._pruned = [(groups.collapse(masks) == 0).nonzero().view(-1) for groups in self.groups]
 
     def _pack_spared(self, pruned: list[Tensor]) -> dict[str, Tensor]:

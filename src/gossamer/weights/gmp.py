@@ -61,6 +61,9 @@ class GMP(MaskMethod):
             )
         as_score(self.score)
 
+    def _scores(self) -> list[str | Score]:
+        return [self.score]
+
     def due(self, step: int) -> bool:
         """See `Method.due`."""
         # After the end where something is left to prune: a run resumed with an earlier end, or weights frozen by then.

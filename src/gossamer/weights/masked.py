@@ -18,8 +18,9 @@ from gossamer.errors import ConfigurationError, StateError
 from gossamer.groups import Groups, changes
 from gossamer.masks import Change, MaskedTensor, count_active, count_over_shards
 from gossamer.method import Masks, Method
+from gossamer.scores import Score, as_score
 from gossamer.structure import Structure, as_structure
-from gossamer.targets import Selection, local, parameter_count, select
+from gossamer.targets import Selection, parameter_count, select
 from gossamer.weights.ranking import grow
 
 
@@ -85,6 +86,7 @@ class MaskMethod(Method):
                 )
             self.groups = divide(select(model, self.targets), structure)
             self.tensors = list({tensor.name: tensor for each in self.groups for tensor in each.tensors}.values())
+            self._check_computed()
             self.generator = torch.Generator().manual_seed(self.seed)
             self.all_parameters = parameter_count(model)
             self.masks_from_weights = isinstance(masks, str)
@@ -202,6 +204,24 @@ class MaskMethod(Method):
         except ConfigurationError as error:
             raise ConfigurationError(f"{type(self).__name__}: {error}") from None
 
+    def _scores(self) -> list[str | Score]:
+        """The scores by which groups are ranked."""
+        return []
+
+    def _check_computed(self) -> None:
+        if (name := next((each.name for each in self.tensors if each.computed is not None), None)) is None:
+            return
+        if self.rescale:
+            raise ConfigurationError(
+                f"{name}: is computed from other numbers and cannot be rescaled; use rescale=False"
+            )
+        for score in self._scores():
+            if getattr(as_score(score), "needs_gradient", False):
+                raise ConfigurationError(
+                    f"{name}: is computed from other numbers, and no gradient of its own is kept, by which {score!r} "
+                    "ranks; score by 'magnitude' and grow at random (SET, DSR), or leave it out of targets"
+                )
+
     def _start(self, given: list[tuple[Tensor, int]] | None) -> list[tuple[Tensor, int]]:
         """The first masks of groups with their active counts: those given, or random ones within the budget."""
         if given is None:
@@ -286,7 +306,7 @@ class MaskMethod(Method):
         if isinstance(masks, str):
             if masks != "zeros":
                 raise ConfigurationError(f"masks: got {masks!r}; allowed are 'zeros' or a mapping name → mask")
-            return (local(tensor.parameter) != 0).to(torch.int8).neg_()
+            return (tensor.values() != 0).to(torch.int8).neg_()
         if tensor.name not in masks:
             raise ConfigurationError(
                 f"masks: none for {tensor.name}; there are {sorted(masks)}; give it one, or choose only weights that "

@@ -1,0 +1,149 @@
+"""Weights computed from a bank of fewer numbers by hashing (HashedNets: Chen et al., 2015)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from gossamer.checks import MAX_SEED, check_integer
+from gossamer.errors import ConfigurationError
+from gossamer.targets import FLOATS, ComputedWeight
+
+_CODE = "code"
+
+
+class HashedWeight(ComputedWeight):
+    """`V[i] = ξ(i) · bank[h(i)]` for the flat position `i` of a weight (Chen et al., 2015, equations 3 and 7).
+
+    `h` is uniform over the bank and `ξ` is −1 or 1. Both come from a hash of the position and the seed alone, so they
+    are not saved and are the same everywhere. The gradient of a number in the bank is the sum over its weights.
+
+    Four bytes a weight hold what the hashes are: what is small is the bank, which is trained, saved and sent.
+
+    Args:
+        shape: The weight's.
+        size: Numbers in the bank, at least 1.
+        seed: Seed of the hashes.
+
+    Raises:
+        ConfigurationError: A size or seed out of range.
+    """
+
+    index: Tensor
+    code: Tensor
+
+    def __init__(self, shape: Sequence[int], size: int, seed: int = 0) -> None:
+        super().__init__(shape)
+        check_integer("size", size, at_least=1, at_most=1 << 30)
+        check_integer("seed", seed, at_least=0, at_most=MAX_SEED)
+        self.size = size
+        # One look-up gives the sign too: the bank is followed by its negative.
+        self.register_buffer("index", torch.from_numpy(_hash(prod(self.shape), size, seed)), persistent=False)
+        self.register_buffer(_CODE, torch.tensor([seed, size, *self.shape]))
+
+    def compute(self, numbers: Tensor) -> Tensor:
+        """The weight: `(size,)` → `shape`."""
+        return torch.cat([numbers, -numbers]).index_select(0, self.index).view(self.shape)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """The bank whose weight is nearest to this one (least squares): `shape` → `(size,)`."""
+        bank, count = self._collect(weight)
+        return bank / count.clamp(min=1)
+
+    def fresh(self, weight: Tensor) -> Tensor:
+        """A bank with the variance of a weight of independent random numbers: `shape` → `(size,)`."""
+        bank, count = self._collect(weight)
+        return bank / count.clamp(min=1).sqrt()
+
+    def _collect(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Of every number in the bank, the sum of its signed weights and how many they are."""
+        signs = torch.where(self.index < self.size, 1, -1).to(weight.dtype)
+        place = self.index % self.size
+        sums = weight.new_zeros(self.size).index_add_(0, place, weight.reshape(-1) * signs)
+        return sums, torch.bincount(place, minlength=self.size).to(weight.dtype)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        saved = state_dict.get(prefix + _CODE)
+        if isinstance(saved, Tensor) and saved.tolist() != self.code.tolist():
+            name = prefix.replace("parametrizations.", "").removesuffix(".0.")
+            error_msgs.append(
+                f"{name}: saved with the seed, bank and shape {saved.tolist()} of its hashes, this one has "
+                f"{self.code.tolist()}; hash it as it was when it was saved"
+            )
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+def hash_weight(module: nn.Module, name: str, size: int, seed: int = 0, *, fit: bool = False) -> nn.Parameter:
+    """Let a bank of `size` numbers compute a weight of a module, in place; the weight keeps its name.
+
+    Before an optimizer is made: what is trained from now on is the bank. Methods of gossamer mask the weight that is
+    computed; `Sparsity.finalize` makes it a plain parameter.
+
+    Args:
+        module: The module that has the parameter.
+        name: The parameter's name there, such as `"weight"`.
+        size: Numbers in the bank, from 1 to the number of weights; an eighth of them compresses eightfold.
+        seed: Seed of the hashes; give every weight another.
+        fit: Whether the bank is fitted to the weights, which are trained ones; else it gets their variance.
+
+    Returns:
+        The bank, `(size,)`.
+
+    Raises:
+        ConfigurationError: No such parameter, one that cannot be computed, or a size out of range.
+    """
+    if not isinstance(module, nn.Module):
+        raise ConfigurationError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
+    kind = type(module).__name__
+    parameter = module._parameters.get(name)
+    if parameter is None:
+        raise ConfigurationError(f"{kind} has no parameter {name!r}; it has {', '.join(module._parameters) or 'none'}")
+    if isinstance(module, nn.RNNBase):
+        raise ConfigurationError(
+            f"{kind}.{name}: its kernels read parameters themselves; take {kind}Cell, whose weights can be computed"
+        )
+    if isinstance(parameter, nn.UninitializedParameter) or parameter.device.type == "meta":
+        raise ConfigurationError(f"{kind}.{name}: has no values yet; initialise it first")
+    if parameter.dtype not in FLOATS:
+        raise ConfigurationError(f"{kind}.{name}: has dtype {parameter.dtype}; expected floating-point numbers")
+    check_integer("size", size, at_least=1, at_most=parameter.numel())
+    weight = parameter.detach().clone()
+    hashed = HashedWeight(parameter.shape, size, seed).to(parameter.device)
+    parametrize.register_parametrization(module, name, hashed)
+    bank: nn.Parameter = module.parametrizations[name].original  # type: ignore[union-attr, index]
+    bank.requires_grad_(parameter.requires_grad)
+    if not fit:
+        with torch.no_grad():
+            bank.copy_(hashed.fresh(weight))
+    return bank
+
+
+def _hash(count: int, size: int, seed: int) -> np.ndarray:
+    """Positions in a bank followed by its negative, int32 `(count,)`: splitmix64 (Steele et al., 2014)."""
+    x = (np.arange(count, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    x += _mix(np.array([seed], dtype=np.uint64))
+    return (_mix(x) % np.uint64(2 * size)).astype(np.int32)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(x ^ (x >> np.uint64(31)))
