@@ -408,7 +408,7 @@ def test_update_before_the_first_step_gives_grown_weights_fresh_state(small):
         assert parameter.equal(copied)
 
 
-# -- parameters for modules of one's own --------------------------------------------------------------------------------
+# -- parameters for modules of one's own ------------------------------------------------------------------------------
 
 
 class Own(nn.Module):
