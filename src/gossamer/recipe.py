@@ -14,6 +14,7 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from torch import nn, optim
 
 from gossamer.checks import MAX_SEED, closest
+from gossamer.data import IMAGE_FOLDER
 from gossamer.errors import ConfigurationError
 from gossamer.learning_rate import ConstantSchedule, ScheduleRecipe
 from gossamer.method import Method
@@ -56,13 +57,23 @@ class DataRecipe(Section):
     """The data set and its batches: images an optimizer step sees are `batch_size` × `accumulate`.
 
     `validation` is the number of training images held out, the same ones for every seed; `None` for the data set's
-    default.
+    default. `root`, `image_size` and `workers` are for a folder of images; see `gossamer.data.load_image_folder`.
     """
 
     name: str
     batch_size: _Count = 128
     validation: _CountOrZero | None = None
     augment: AugmentRecipe | None = None
+    root: str | None = None
+    image_size: _Count | None = None
+    workers: _CountOrZero | None = None
+
+    @model_validator(mode="after")
+    def _fits_the_kind_of_data(self) -> DataRecipe:
+        for key in ("root", "image_size", "workers"):
+            if self.name != IMAGE_FOLDER and getattr(self, key) is not None:
+                refuse(key, f"is for {IMAGE_FOLDER}, a folder of images, and not for {self.name!r}; leave it out")
+        return self
 
 
 class ModelRecipe(Named):
