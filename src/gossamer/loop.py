@@ -110,7 +110,7 @@ class Run:
             last = i == first + window - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.forward):
                 logits = self.forward(self._lay_out(inputs))
-                loss = F.cross_entropy(logits, labels)
+                loss = F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
                 self.accelerator.backward((loss + self.sparsity.penalty()) / window)
             _add(sums, loss.detach() * len(labels), logits, labels)
             seen += len(labels)

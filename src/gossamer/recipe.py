@@ -154,13 +154,18 @@ class MethodRecipe(Named):
 
 
 class Recipe(Section):
-    """A training run: data, network, optimizer, schedule, methods and how to run them."""
+    """A training run: data, network, optimizer, schedule, methods and how to run them.
+
+    With `label_smoothing` ε the target that is trained towards has 1 - ε + ε/K for the right one of K classes and ε/K
+    for the others (Szegedy et al., 2016); validation and test losses are without.
+    """
 
     description: str = ""
     data: DataRecipe
     model: ModelRecipe
     optimizer: OptimizerRecipe
     schedule: ScheduleRecipe = Field(default_factory=ConstantSchedule)
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     epochs: _Count
     methods: list[MethodRecipe] = Field(default_factory=list)
     seeds: list[Annotated[int, Field(ge=0, le=MAX_SEED)]] = Field(default_factory=lambda: [0], min_length=1)
