@@ -86,6 +86,7 @@ def test_an_interrupted_run_continues_to_the_bit(root, tmp_path, monkeypatch, na
         assert lines(tmp_path / "whole" / file) == lines(tmp_path / "parts" / file)
 
 
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_the_number_of_workers_changes_nothing(root):
     one, two = (
         train(

@@ -156,8 +156,8 @@ def test_validation_images_come_from_each_class_and_are_not_trained_on(root):
     assert found.validation.labels.bincount().tolist() == [2] * 4
     assert (len(found.train), len(found.test)) == (32, 16)
     assert sorted([*found.train.files, *found.validation.files]) == sorted(load(root).train.files)
-    first, second = (list(found.validation.batches(8)) for _ in range(2))
-    assert same(first, second)  # from the centre, not at random
+    batches = found.validation.batches(8)
+    assert same(list(batches), list(batches))  # from the centre, not at random
     with pytest.raises(ConfigurationError, match=r"validation=40 of imagenet; expected .* from 0 to 39"):
         load(root, validation=40)
 
