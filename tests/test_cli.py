@@ -131,7 +131,7 @@ def test_a_bad_recipe_is_one_line_on_standard_error_status_2_and_nothing_written
         (["train", "digits", "epochs"], "command line 'epochs': expected key=value"),
         (["train", "digits", "methods.0.sparsity=1.0"], "command line 'methods.0.sparsity=1.0': methods.0.sparsity"),
         (["train", "digits", "model.name=resnet"], "command line 'model.name=resnet': model.name"),
-        (["train", "digits", "data.name=imagenet"], "command line 'data.name=imagenet': data.name"),
+        (["train", "digits", "data.name=coco"], "command line 'data.name=coco': data.name"),
         (["train", "digits", "--seeds", "a"], "--seeds: got 'a'"),
         (["train", "digits", "--seeds", "9" * 5000], "--seeds: got '9999"),
         (["train", "digits", "--seeds", "99999999999"], "--seeds: got '99999999999'"),

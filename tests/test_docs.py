@@ -10,6 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+
+from gossamer import attach, zoo
+from gossamer.recipe import load_recipe
+from gossamer.source import Source
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -27,6 +32,43 @@ def test_python_blocks_of_a_page_run_one_after_the_other(page, tmp_path, monkeyp
         names: dict[str, object] = {"__name__": "__main__"}
         for number, block in enumerate(blocks(page, "python"), 1):
             exec(compile(block, f"{page.name}, block {number}", "exec"), names)
+
+
+def option_tables() -> list[tuple[str, str]]:
+    """Each set of keys that the page of old options gives, with its recipe."""
+    recipe, found = None, []
+    for line in (ROOT / "docs" / "from-the-seeds.md").read_text().splitlines():
+        if heading := re.match(r"\| option of .* \| keys of `(\w+)` \|", line):
+            recipe = heading[1]
+        elif not line.startswith("|"):
+            recipe = None
+        elif recipe is not None:
+            found += [(recipe, keys) for keys in re.findall(r"`([^`]*=[^`]*)`", line.split("|")[2])]
+    return found
+
+
+@pytest.mark.parametrize(("recipe", "keys"), option_tables())
+def test_keys_that_replace_an_old_option_are_keys_of_the_recipe(recipe, keys):
+    overrides = shlex.split(keys)
+    changed = load_recipe(recipe, overrides)
+    model = zoo.build(changed.model.name, **changed.model.arguments)
+    attach(model, changed.build_methods(100_000, 500, 0))
+    values = yaml.safe_load(changed.to_yaml())
+    for override in overrides:
+        dotted, _, text = override.partition("=")
+        value = values
+        for key in dotted.split("."):
+            value = value[int(key) if key.isdecimal() else key]
+        assert value == Source("", f"value: {text}").data["value"]
+
+
+def test_options_of_the_old_wide_network_give_its_budget():
+    overrides = [key for _, keys in option_tables()[2:6] for key in shlex.split(keys)]  # -d, -w and -s
+    recipe = load_recipe("cifar10_wrn28_2", overrides)
+    sparsity = attach(zoo.build(recipe.model.name, **recipe.model.arguments), recipe.build_methods(100_000, 500, 0))
+    totals = sparsity.summary().totals
+    # 1,467,610 parameters, a tenth of which are left; 16,090 of them stay dense.
+    assert (totals["targets_active"], totals["all_nonzero"]) == (130_671, 146_761)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

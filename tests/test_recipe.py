@@ -340,6 +340,17 @@ def test_the_published_protocol_of_wrn_28_2_is_kept():
     assert factors == pytest.approx([1, 1, 0.2, 0.2, 0.04, 0.008, 0.008])
 
 
+def test_the_published_protocol_of_resnet_20_is_kept():
+    recipe = load_recipe("cifar10_resnet20")
+    steps = math.ceil((50_000 - 5_000) / 128)
+    assert recipe.data.validation == 5_000
+    assert recipe.epochs * steps == pytest.approx(64_000, rel=0.002)
+    factors = [recipe.schedule.factor(count, steps, recipe.epochs) for count in range(recipe.epochs * steps)]
+    for at, factor in ((32_000, 0.1), (48_000, 0.01)):
+        assert next(i for i, each in enumerate(factors) if each <= 1.01 * factor) == pytest.approx(at, rel=0.003)
+    assert recipe.optimizer.arguments == {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
+
+
 @pytest.mark.parametrize("final", [0.0, 0.1])
 def test_the_cosine_is_that_of_torch(final):
     parameter = torch.nn.Parameter(torch.zeros(1))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from gossamer import data
 from gossamer.attach import Sparsity
 from gossamer.checkpoint import load_tree, save_tree
 from gossamer.errors import ConfigurationError, NonFiniteError, StateError
@@ -398,6 +399,21 @@ def test_several_seeds_continue_where_they_were_interrupted(tmp_path, monkeypatc
     parts = train_seeds(recipe_of(tmp_path / "parts"), tmp_path / "parts", progress=False, resume=True)
     assert [each.test_loss for each in parts] == [each.test_loss for each in whole]
     assert [each.summary for each in parts] == [each.summary for each in whole]
+
+
+def test_labels_are_smoothed_in_training_and_nowhere_else():
+    plain, smooth = (train(small("optimizer.lr=0.0", f"label_smoothing={s}"), progress=False) for s in (0.0, 0.25))
+    images = data.load("digits").train
+    with torch.no_grad():
+        ((x, y),) = images.batches(len(images))
+        assert smooth.model is not None
+        logs = smooth.model(x).log_softmax(1)
+    targets = torch.full_like(logs, 0.25 / 10).scatter_(1, y[:, None], 0.75 + 0.25 / 10)
+    expected = -(targets * logs).sum(1).mean().item()
+    assert smooth.history[0]["train_loss"] == pytest.approx(expected, rel=1e-5)
+    assert smooth.history[0]["train_loss"] != plain.history[0]["train_loss"]
+    assert smooth.history[0]["validation_loss"] == plain.history[0]["validation_loss"]
+    assert smooth.test_loss == plain.test_loss
 
 
 def test_accumulated_micro_batches_make_one_step(monkeypatch):

@@ -19,9 +19,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from gossamer import data, zoo
 from gossamer.attach import Sparsity, attach
 from gossamer.console import Display
-from gossamer.errors import ConfigurationError, NonFiniteError, StateError, reason
+from gossamer.errors import ConfigurationError, DataError, NonFiniteError, StateError, reason
 from gossamer.method import MaskUpdate, Method
 from gossamer.recipe import Recipe
+from gossamer.section import key_in
+
+_Dataset = data.Dataset | data.FolderDataset
 
 
 class Run:
@@ -107,7 +110,7 @@ class Run:
             last = i == first + window - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.forward):
                 logits = self.forward(self._lay_out(inputs))
-                loss = F.cross_entropy(logits, labels)
+                loss = F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
                 self.accelerator.backward((loss + self.sparsity.penalty()) / window)
             _add(sums, loss.detach() * len(labels), logits, labels)
             seen += len(labels)
@@ -172,16 +175,22 @@ class Run:
             torch.cuda.set_rng_state(state["device_random"], self.accelerator.device)
         self.epoch = state["epoch"]
 
-    def _load_data(self) -> data.Dataset:
+    def _load_data(self) -> _Dataset:
         section = self.recipe.data
         try:
             with self.accelerator.main_process_first():
-                return data.load(section.name, validation=section.validation)
+                if section.name != data.IMAGE_FOLDER:
+                    return data.load(section.name, validation=section.validation)
+                options = section.model_dump(include={"validation", "image_size", "workers"}, exclude_none=True)
+                return data.load_image_folder(section.root, **options)
         except ConfigurationError as error:
-            key = "name" if section.name not in data.NAMES else "validation"
-            raise self.recipe.error(("data", key), error) from None
+            raise self.recipe.error(("data", key_in(str(error), ("validation",)) or "name"), error) from None
+        except DataError as error:
+            if section.root is None:
+                raise
+            raise DataError(str(self.recipe.error(("data", "root"), error))) from None
 
-    def _batches(self, split: data.Split, shuffle: bool = False) -> data.Batches:
+    def _batches(self, split: data.Split | data.FolderSplit, shuffle: bool = False) -> data.Batches:
         section, accelerator = self.recipe.data, self.accelerator
         augment = section.augment if shuffle else None
         try:
@@ -200,7 +209,7 @@ class Run:
             key = "augment" if str(error).startswith("augment: ") else "batch_size"
             raise self.recipe.error(("data", key), error) from None
 
-    def _build_model(self, dataset: data.Dataset) -> nn.Module:
+    def _build_model(self, dataset: _Dataset) -> nn.Module:
         section = self.recipe.model
         try:
             fitting = zoo.arguments(section.name, dataset.shape, dataset.classes)
@@ -213,12 +222,11 @@ class Run:
         if self.recipe.channels_last:
             model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._try_out(model, 1, dataset, "evaluated")
-        self._try_out(model, self.batches.smallest, dataset, "trained")
+        # One image is what batch norm may refuse; thousands would only take memory.
+        self._try_out(model, min(self.batches.smallest, 2), dataset, "trained")
         return model
 
-    def _try_out(
-        self, model: nn.Module, count: int, dataset: data.Dataset, use: Literal["evaluated", "trained"]
-    ) -> None:
+    def _try_out(self, model: nn.Module, count: int, dataset: _Dataset, use: Literal["evaluated", "trained"]) -> None:
         """Refuse a network that cannot be used so on `count` images, before the run finds out in its last batch."""
         name = self.recipe.model.name
         images = f"{count} image{'s' if count > 1 else ''} of shape {dataset.shape} of {dataset.name}"

@@ -14,6 +14,7 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from torch import nn, optim
 
 from gossamer.checks import MAX_SEED, closest
+from gossamer.data import IMAGE_FOLDER
 from gossamer.errors import ConfigurationError
 from gossamer.learning_rate import ConstantSchedule, ScheduleRecipe
 from gossamer.method import Method
@@ -56,13 +57,23 @@ class DataRecipe(Section):
     """The data set and its batches: images an optimizer step sees are `batch_size` × `accumulate`.
 
     `validation` is the number of training images held out, the same ones for every seed; `None` for the data set's
-    default.
+    default. `root`, `image_size` and `workers` are for a folder of images; see `gossamer.data.load_image_folder`.
     """
 
     name: str
     batch_size: _Count = 128
     validation: _CountOrZero | None = None
     augment: AugmentRecipe | None = None
+    root: str | None = None
+    image_size: _Count | None = None
+    workers: _CountOrZero | None = None
+
+    @model_validator(mode="after")
+    def _fits_the_kind_of_data(self) -> DataRecipe:
+        for key in ("root", "image_size", "workers"):
+            if self.name != IMAGE_FOLDER and getattr(self, key) is not None:
+                refuse(key, f"is for {IMAGE_FOLDER}, a folder of images, and not for {self.name!r}; leave it out")
+        return self
 
 
 class ModelRecipe(Named):
@@ -143,13 +154,18 @@ class MethodRecipe(Named):
 
 
 class Recipe(Section):
-    """A training run: data, network, optimizer, schedule, methods and how to run them."""
+    """A training run: data, network, optimizer, schedule, methods and how to run them.
+
+    With `label_smoothing` ε the target that is trained towards has 1 - ε + ε/K for the right one of K classes and ε/K
+    for the others (Szegedy et al., 2016); validation and test losses are without.
+    """
 
     description: str = ""
     data: DataRecipe
     model: ModelRecipe
     optimizer: OptimizerRecipe
     schedule: ScheduleRecipe = Field(default_factory=ConstantSchedule)
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     epochs: _Count
     methods: list[MethodRecipe] = Field(default_factory=list)
     seeds: list[Annotated[int, Field(ge=0, le=MAX_SEED)]] = Field(default_factory=lambda: [0], min_length=1)

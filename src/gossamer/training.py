@@ -91,7 +91,8 @@ def train(
 
     Raises:
         ConfigurationError: Something in the recipe cannot work; nothing has been written.
-        DataError: The data cannot be had; nothing has been written.
+        DataError: The data cannot be had, and nothing has been written; or an image cannot be decoded, and the run
+            folder is as after the last epoch.
         StateError: A file of the run folder is damaged, or the checkpoint does not match the recipe.
         NonFiniteError: The loss became infinite or NaN; the run folder is as after the last good epoch.
     """

@@ -155,7 +155,10 @@ DATASETS: dict[str, Entry] = {
 }
 
 NAMES: tuple[str, ...] = tuple(DATASETS)
-"""The names of the data sets."""
+"""The names of the data sets that are loaded into memory."""
+
+IMAGE_FOLDER = "imagenet"
+"""The data set that is a folder of images; see `gossamer.data.load_image_folder`."""
 
 
 def find(name: str) -> Entry:
@@ -166,6 +169,7 @@ def find(name: str) -> Entry:
     """
     if name not in DATASETS:
         raise ConfigurationError(
-            f"data: no data set {name!r}{closest(name, DATASETS)}; there are {', '.join(DATASETS)}"
+            f"data: no data set {name!r}{closest(name, [*NAMES, IMAGE_FOLDER])}; there are {', '.join(NAMES)}, and "
+            f"{IMAGE_FOLDER}, a folder of images (gossamer.data.load_image_folder)"
         )
     return DATASETS[name]

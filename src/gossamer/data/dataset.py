@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gossamer.data.augment import Augment
 from gossamer.data.catalogue import find
 from gossamer.data.loader import BatchLoader
 from gossamer.data.sources import fetch, missing
@@ -46,6 +48,39 @@ class Split:
     def batches(self, batch_size: int, **options: Any) -> BatchLoader:
         """Its batches; `options` are the other arguments of `BatchLoader`."""
         return BatchLoader(self, batch_size, **options)
+
+    def pixels(self, augment: Augment | None, device: torch.device) -> TensorPixels:
+        """See `gossamer.data.loader.Images`."""
+        return TensorPixels(self.images, augment, device)
+
+
+class TensorPixels:
+    """Images in memory, copied to a device once; see `gossamer.data.loader.Pixels`."""
+
+    def __init__(self, images: Tensor, augment: Augment | None, device: torch.device) -> None:
+        if augment is not None:
+            augment.check(images.shape)
+        self.images = images.to(device).contiguous()
+        self.augment = augment
+
+    def draw(self, generator: torch.Generator) -> Tensor | None:
+        """See `Pixels.draw`."""
+        return None if self.augment is None else self.augment.draw(len(self.images), generator)
+
+    def give(self, order: Tensor, draws: Tensor | None, parts: list[slice]) -> Iterator[Tensor]:
+        """See `Pixels.give`."""
+        order = order.to(self.images.device)
+        if self.augment is None or draws is None:
+            for part in parts:
+                yield self.images[order[part]]
+        else:
+            draws = draws.to(self.images.device)
+            for part in parts:
+                yield self.augment.take(self.images, order[part], draws[part])
+
+    def settings(self) -> dict[str, Any]:
+        """See `Pixels.settings`."""
+        return {"augment": None if self.augment is None else asdict(self.augment)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,31 +148,52 @@ def load(
     else:
         test = split(raw.test_images, raw.test_labels)
     count = entry.validation if validation is None else validation
-    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < len(train):
-        raise ConfigurationError(
-            f"data: validation={validation!r} of {name}; expected a number of images from 0 to {len(train) - 1}"
-        )
+    check_validation(count, name, len(train))
     held = None
     if count:
         train, held = set_apart(train, count, seed)
     return Dataset(name, entry.classes, entry.shape, entry.mean, entry.std, train, held, test)
 
 
-def set_apart(split: Split, count: int, seed: int) -> tuple[Split, Split]:
-    """Divide a split at random into the rest and `count` images, in which each class has its proportion.
+def check_validation(count: object, name: str, size: int) -> None:
+    """Refuse a number of images to hold out of `size` training images, unless one is left.
 
-    Both keep the order of the original. The number of a class differs from its exact proportion by less than one.
+    Raises:
+        ConfigurationError: Not an integer from 0 to `size` - 1.
     """
-    size = len(split)
-    generator = torch.Generator().manual_seed(seed)
-    shuffled = torch.randperm(size, generator=generator)
-    by_class = shuffled[split.labels[shuffled].argsort(stable=True)]
-    # Equally spaced positions in an order sorted by class meet every class in proportion, `count` in all.
-    positions = (2 * torch.arange(count) + 1) * size // (2 * count)
-    chosen = torch.zeros(size, dtype=torch.bool)
-    chosen[by_class[positions]] = True
+    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < size:
+        raise ConfigurationError(
+            f"data: validation={count!r} of {name}; expected a number of images from 0 to {size - 1}"
+        )
+
+
+def set_apart(split: Split, count: int, seed: int) -> tuple[Split, Split]:
+    """Divide a split at random into the rest and `count` images, see `choose`; both keep the order of the original."""
+    chosen = choose(split.labels, count, seed)
     rest, picked = (
         Split(split.images[part], split.labels[part], split.mean, split.std, split.maximum)
         for part in (~chosen, chosen)
     )
     return rest, picked
+
+
+def choose(labels: Tensor, count: int, seed: int) -> Tensor:
+    """Choose `count` images at random, of each class in its proportion.
+
+    Args:
+        labels: int64, (N,).
+        count: From 1 to N.
+        seed: Of the generator that chooses.
+
+    Returns:
+        bool, (N,). The number of a class differs from its exact proportion by less than one.
+    """
+    size = len(labels)
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(size, generator=generator)
+    by_class = shuffled[labels[shuffled].argsort(stable=True)]
+    # Equally spaced positions in an order sorted by class meet every class in proportion, `count` in all.
+    positions = (2 * torch.arange(count) + 1) * size // (2 * count)
+    chosen = torch.zeros(size, dtype=torch.bool)
+    chosen[by_class[positions]] = True
+    return chosen

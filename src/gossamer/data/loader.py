@@ -1,19 +1,15 @@
-"""Batches from tensors on the device: shuffled, augmented, normalised, and resumable in the middle of an epoch."""
+"""Batches of images: shuffled, augmented, normalised on the device, and resumable in the middle of an epoch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from gossamer.data.augment import Augment
 from gossamer.errors import ConfigurationError, StateError
-
-if TYPE_CHECKING:
-    from gossamer.data.dataset import Split
 
 
 class Batches(Protocol):
@@ -39,6 +35,58 @@ class Batches(Protocol):
         ...
 
 
+class Pixels(Protocol):
+    """Where a loader's images come from, and how they are changed at random."""
+
+    def draw(self, generator: torch.Generator) -> Tensor | None:
+        """The randomness of an epoch's images, a row for each place in their order; `None` where there is none."""
+        ...
+
+    def give(self, order: Tensor, draws: Tensor | None, parts: list[slice]) -> Iterator[Tensor]:
+        """The images of each part of an epoch, (B, C, H, W), pixels from 0 to `maximum`, on the device.
+
+        Args:
+            order: int64, (N,), on the CPU: the epoch's images.
+            draws: From `draw`.
+            parts: Of the order, one for each batch.
+        """
+        ...
+
+    def settings(self) -> dict[str, Any]:
+        """What a state must agree with to be continued here."""
+        ...
+
+
+class Images(Protocol):
+    """What a `BatchLoader` needs of a split: `Split` and `FolderSplit` are two."""
+
+    @property
+    def labels(self) -> Tensor:
+        """Labels, int64, (N,)."""
+        ...
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Mean of each channel after division by `maximum`."""
+        ...
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Standard deviation of each channel, likewise."""
+        ...
+
+    @property
+    def maximum(self) -> int:
+        """Largest pixel value."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def pixels(self, augment: Augment | None, device: torch.device) -> Pixels:
+        """Its images on a device; refuses an `augment` that they cannot have."""
+        ...
+
+
 class BatchLoader:
     """Iterates over a split in batches, one epoch for each `for`.
 
@@ -46,11 +94,11 @@ class BatchLoader:
     batches, from one generator on the CPU. Hence batches depend neither on the device nor on the number of processes,
     and an interrupted epoch is continued by drawing it again.
 
-    It is a plain iterable that moves nothing between devices while it runs: use it as it is, not through a
-    `DataLoader` or Accelerate's `prepare`.
+    It is a plain iterable that puts batches on the device itself: use it as it is, not through a `DataLoader` or
+    Accelerate's `prepare`.
 
     Args:
-        split: The images; they are copied to `device` once, as bytes.
+        split: The images; those in memory are copied to `device` once, as bytes.
         batch_size: Images in a batch over all processes.
         shuffle: Whether every epoch has its own order; else that of the split.
         augment: Crop and flip; `None` for none.
@@ -80,7 +128,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        split: Split,
+        split: Images,
         batch_size: int,
         *,
         shuffle: bool = False,
@@ -92,19 +140,16 @@ class BatchLoader:
         world_size: int = 1,
     ) -> None:
         _check(len(split), batch_size, drop_last, rank, world_size)
-        if augment is not None:
-            augment.check(split.images.shape)
         self.split = split
         self.batch_size = batch_size
         self.shuffle = shuffle
-        self.augment = augment
         self.drop_last = drop_last
         self.rank = rank
         self.world_size = world_size
         self.device = torch.device(device)
         self.epoch = 0
         self.position = 0
-        self._images = split.images.to(self.device).contiguous()
+        self._pixels = split.pixels(augment, self.device)
         self._labels = split.labels.to(self.device)
         mean = torch.tensor(split.mean, dtype=torch.float64)
         std = torch.tensor(split.std, dtype=torch.float64)
@@ -138,18 +183,14 @@ class BatchLoader:
         else:
             self._epoch_start = self._generator.get_state()
             self.position = 0
-        order, draws = self._draw()
-        for number in range(self.position, len(self)):
-            self.position = number + 1
-            begin = number * self.batch_size
-            size = min(self.batch_size, len(self.split) - begin)
-            part = slice(begin + size * self.rank // self.world_size, begin + size * (self.rank + 1) // self.world_size)
-            index = order[part]
-            if self.augment is None or draws is None:
-                images = self._images[index]
-            else:
-                images = self.augment.take(self._images, index, draws[part])
-            yield images.to(torch.float32).mul_(self._scale).add_(self._shift), self._labels[index]
+        samples = len(self.split)
+        order = torch.randperm(samples, generator=self._generator) if self.shuffle else torch.arange(samples)
+        draws = self._pixels.draw(self._generator)
+        labels = self._labels[order.to(self.device)]
+        parts = [self._part(number) for number in range(self.position, len(self))]
+        for part, images in zip(parts, self._pixels.give(order, draws, parts), strict=True):
+            self.position += 1
+            yield images.to(torch.float32).mul_(self._scale).add_(self._shift), labels[part]
         self.epoch += 1
         self.position = 0
         self._epoch_start = self._generator.get_state()
@@ -209,14 +250,14 @@ class BatchLoader:
             "batch_size": self.batch_size,
             "shuffle": self.shuffle,
             "drop_last": self.drop_last,
-            "augment": None if self.augment is None else asdict(self.augment),
+            **self._pixels.settings(),
         }
 
-    def _draw(self) -> tuple[Tensor, Tensor | None]:
-        samples = len(self.split)
-        order = torch.randperm(samples, generator=self._generator) if self.shuffle else torch.arange(samples)
-        draws = None if self.augment is None else self.augment.draw(samples, self._generator).to(self.device)
-        return order.to(self.device), draws
+    def _part(self, number: int) -> slice:
+        """This process's part of a batch, as a part of the epoch."""
+        begin = number * self.batch_size
+        size = min(self.batch_size, len(self.split) - begin)
+        return slice(begin + size * self.rank // self.world_size, begin + size * (self.rank + 1) // self.world_size)
 
 
 def _check(samples: int, batch_size: int, drop_last: bool, rank: int, world_size: int) -> None:
