@@ -509,3 +509,26 @@ def test_a_hashed_model_is_saved_and_goes_on_where_it_was():
 def test_bad_parameters_are_refused(make, message):
     with pytest.raises(gs.ConfigurationError, match=message):
         make()
+
+
+def test_a_heuristic_may_be_given_for_once(small):
+    """By hand: what each tensor lost comes back to it, though the model's own heuristic would share it."""
+    before = [row["nonzero"] for row in small.update_stats()]
+    small.prune_by_threshold()
+    small.reallocate_free_parameters(dst.ReallocationHeuristics.within_param)
+    assert [row["nonzero"] for row in small.update_stats()] == before
+    assert small.handle.methods[0].heuristic == "paper"
+    small.reparameterize(heuristic=dst.ReallocationHeuristics.within_param)
+    assert [row["nonzero"] for row in small.update_stats()] == before
+    masks = small.handle.masks()
+    with pytest.raises(gs.ConfigurationError, match="heuristic: got 'papers'"):
+        small.reparameterize("papers")
+    assert all(mask.equal(masks[name]) for name, mask in small.handle.masks().items())
+
+
+def test_tables_can_be_asked_for_their_text(small):
+    assert small.sum_table.get_string() == small.sum_table
+    assert [line.split("|")[1].strip() for line in small.stats_table.get_string().splitlines()[3:5]] == [
+        "model.conv.weight",
+        "model.linear.weight",
+    ]

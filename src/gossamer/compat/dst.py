@@ -26,7 +26,7 @@ from gossamer.nn import hash_weight
 from gossamer.scores import magnitude
 from gossamer.structure import ByName, Structure, as_structure
 from gossamer.targets import FLOATS, Selection, named_weights, parameter_count
-from gossamer.weights.dsr import DSR, HEURISTICS
+from gossamer.weights.dsr import DSR, HEURISTICS, check_heuristic
 from gossamer.weights.ranking import grow, prune_to
 
 NEVER = 1 << 62  # a period in steps that no training reaches
@@ -38,6 +38,9 @@ class ReallocationHeuristics(StrEnum):
     PAPER = "paper"
     WITHIN_TENSOR = "within"
     ANTI_PAPER = "anti-paper"
+    paper = PAPER
+    within_param = WITHIN_TENSOR
+    anti_paper = ANTI_PAPER
 
     def __call__(self, total: int, before: int, left: int) -> int:
         """The share, unnormalised, of a tensor of `total` groups, `before` of them active before and `left` after."""
@@ -57,7 +60,22 @@ class Reparameterization(DSR):
 
     def phases(self) -> dict[str, Callable[..., Proposal]]:
         """See `Method.phases`."""
-        return super().phases() | {"resize": self._resize, "thin": self._thin, "shuffle": self._shuffle}
+        return super().phases() | {
+            "reallocate": self._reallocate_by,
+            "resize": self._resize,
+            "thin": self._thin,
+            "shuffle": self._shuffle,
+        }
+
+    def _reallocate_by(self, step: int, state: StateOf, heuristic: str | None = None) -> Proposal:
+        usual = self.heuristic
+        if heuristic is not None:
+            check_heuristic(heuristic)
+            self.heuristic = heuristic
+        try:
+            return self._reallocate_alone(step, state)
+        finally:
+            self.heuristic = usual
 
     def _resize(self, step: int, state: StateOf, sparsity: float) -> Proposal:
         self._refuse_cells()
@@ -227,11 +245,17 @@ class DSModel(nn.Module):
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
-    def reparameterize(self) -> None:
-        """Prune by the threshold, adapt it, and reallocate what was freed; the budget is exact afterwards."""
+    def reparameterize(self, heuristic: str | ReallocationHeuristics | None = None) -> None:
+        """Prune by the threshold, adapt it, and reallocate what was freed; the budget is exact afterwards.
+
+        Args:
+            heuristic: As for `reallocate_free_parameters`.
+        """
+        if heuristic is not None:
+            check_heuristic(heuristic)
         self.prune_by_threshold()
         self.adjust_pruning_threshold()
-        self.reallocate_free_parameters()
+        self.reallocate_free_parameters(heuristic)
 
     def prune_by_threshold(self) -> None:
         """Prune the groups whose norm is below the threshold; the largest of each tensor stays."""
@@ -241,9 +265,13 @@ class DSModel(nn.Module):
         """Divide the threshold by the gain where too many weights were pruned, multiply it where too few."""
         self.handle.update("adjust_threshold")
 
-    def reallocate_free_parameters(self) -> None:
-        """Grow as many as are missing from the budget at random, shared by the heuristic."""
-        self.handle.update("reallocate")
+    def reallocate_free_parameters(self, heuristic: str | ReallocationHeuristics | None = None) -> None:
+        """Grow as many as are missing from the budget at random, shared by the heuristic.
+
+        Args:
+            heuristic: Shares of the tensors this once; `None` for the model's own.
+        """
+        self.handle.update("reallocate", heuristic=None if heuristic is None else str(heuristic))
 
     def prune_or_grow_to_sparsity(self, sparsity: float | None = None) -> None:
         """Prune the smallest weights, or grow random ones, to a sparsity; it is the target from then on.
@@ -320,7 +348,7 @@ class DSModel(nn.Module):
         return 1 - (self.np_dense + self.np_nonzero) / self.np_total
 
     @property
-    def sum_table(self) -> str:
+    def sum_table(self) -> Table:
         """The model's counts, as a table."""
         return _table(
             [
@@ -334,7 +362,7 @@ class DSModel(nn.Module):
         )
 
     @property
-    def stats_table(self) -> str:
+    def stats_table(self) -> Table:
         """The counts of every sparse tensor, as a table."""
         return _table(
             ["Parameter tensor", "# total", "# nonzero", "sparsity"],
@@ -539,7 +567,17 @@ def _together(marked: Mapping[str, str | Structure]) -> str | Structure | Mappin
     return {escape(name): each for name, each in marked.items()}
 
 
-def _table(head: list[str], rows: list[list[Any]]) -> str:
+class Table(str):
+    """A table in plain characters."""
+
+    __slots__ = ()
+
+    def get_string(self) -> str:
+        """Itself; the pack's tables were asked so."""
+        return str(self)
+
+
+def _table(head: list[str], rows: list[list[Any]]) -> Table:
     """A table of plain characters, everything to the right."""
     cells = [head, *([str(cell) for cell in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
@@ -547,4 +585,4 @@ def _table(head: list[str], rows: list[list[Any]]) -> str:
     texts = [
         "|" + "|".join(f" {cell:>{width}} " for cell, width in zip(row, widths, strict=True)) + "|" for row in cells
     ]
-    return "\n".join([line, texts[0], line, *texts[1:], line])
+    return Table("\n".join([line, texts[0], line, *texts[1:], line]))

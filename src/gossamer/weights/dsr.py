@@ -31,6 +31,15 @@ HEURISTICS: dict[str, Callable[[int, int, int], int]] = {
 """A tensor's share of what was freed: proportional to a function of its groups in all, before and after pruning."""
 
 
+def check_heuristic(heuristic: object) -> None:
+    """Raise a ConfigurationError unless this is a name of `HEURISTICS`."""
+    if not isinstance(heuristic, str) or heuristic not in HEURISTICS:
+        raise ConfigurationError(
+            f"heuristic: got {heuristic!r}; allowed are {', '.join(map(repr, HEURISTICS))}"
+            + closest(str(heuristic), HEURISTICS)
+        )
+
+
 @dataclass(eq=False)
 class DSR(MaskMethod):
     """Dynamic sparse reparameterization (Mostafa & Wang, 2019, Algorithm 1).
@@ -87,11 +96,7 @@ class DSR(MaskMethod):
                 f"threshold={self.threshold}, gain={self.gain}: the threshold must be above 0 and the gain "
                 "above 1, or the threshold could never adapt"
             )
-        if not isinstance(self.heuristic, str) or self.heuristic not in HEURISTICS:
-            raise ConfigurationError(
-                f"heuristic: got {self.heuristic!r}; allowed are {', '.join(map(repr, HEURISTICS))}"
-                + closest(str(self.heuristic), HEURISTICS)
-            )
+        check_heuristic(self.heuristic)
 
     def _start(self, given: list[tuple[Tensor, int]] | None) -> list[tuple[Tensor, int]]:
         masks = super()._start(given)
