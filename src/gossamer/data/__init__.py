@@ -6,6 +6,7 @@ from gossamer.data.dataset import Dataset, Split, load
 from gossamer.data.loader import Batches, BatchLoader
 from gossamer.data.sources import available, fetch
 from gossamer.data.store import folder
+from gossamer.data.text import StreamLoader, TextSplit
 
 __all__ = [
     "NAMES",
@@ -14,6 +15,8 @@ __all__ = [
     "Batches",
     "Dataset",
     "Split",
+    "StreamLoader",
+    "TextSplit",
     "available",
     "fetch",
     "folder",
