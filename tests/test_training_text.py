@@ -122,7 +122,7 @@ def test_what_is_shown_speaks_of_characters(tmp_path, capsys):
     train(small("epochs=1"), tmp_path / "run", progress=True)
     shown = capsys.readouterr().out
     assert "data     tale, characters: 1,040 to train, 100 to validate, 60 to test" in shown
-    assert re.search(r"epoch 1/1  \d\.\d{3} bits/character  accuracy .* validation \d\.\d{3} bits/character", shown)
+    assert re.search(r"epoch 1/1  \d\.\d{3} bits  accuracy .* validation \d\.\d{3} bits", shown)
 
 
 def test_several_seeds_have_mean_bits_per_character(tmp_path):

@@ -51,7 +51,7 @@ class Lines(Display):
         """See `Display.epoch`."""
         parts = [f"{self._label}epoch {metrics['epoch']}/{self._epochs}", _measures(metrics)]
         if metrics.get("validation_bits_per_character") is not None:
-            parts.append(f"validation {metrics['validation_bits_per_character']:.3f} bits/character")
+            parts.append(f"validation {metrics['validation_bits_per_character']:.3f} bits")
         elif metrics.get("validation_accuracy") is not None:
             parts.append(f"validation {100 * metrics['validation_accuracy']:.1f} %")
         self._console.print("  ".join([*parts, f"{metrics['seconds']:.1f} s"]), highlight=False, soft_wrap=True)
@@ -164,5 +164,5 @@ def _sparsity_table(results: Sequence[Result]) -> Table:
 def _measures(metrics: Mapping[str, Any]) -> str:
     accuracy, sparsity = 100 * metrics["train_accuracy"], 100 * metrics["sparsity"]
     bits = metrics.get("train_bits_per_character")
-    loss = f"loss {metrics['train_loss']:.3f}" if bits is None else f"{bits:.3f} bits/character"
+    loss = f"loss {metrics['train_loss']:.3f}" if bits is None else f"{bits:.3f} bits"
     return f"{loss}  accuracy {accuracy:.1f} %  sparsity {sparsity:.1f} %"
