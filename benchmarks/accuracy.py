@@ -19,11 +19,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import platform
 import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +30,7 @@ import torch
 from gossamer import zoo
 from gossamer.recipe import Recipe
 from gossamer.training import train
+from jobs import complete, mean_error
 
 NETWORKS = {"mnist_mlp": 20, "lenet": 8}
 SPARSITIES = (0.95, 0.98)
@@ -114,26 +113,6 @@ def key(job: dict[str, Any]) -> str:
     return json.dumps([job[part] for part in ("network", "sparsity", "method", "trial", "seed")])
 
 
-def complete(jobs: list[dict[str, Any]], log: Path, workers: int) -> list[dict[str, Any]]:
-    """Run the jobs that the log lacks, writing each as it ends; return all of theirs, in order."""
-    done = {}
-    if log.exists():
-        done = {key(each): each for each in map(json.loads, log.read_text().splitlines())}
-    missing = [job for job in jobs if key(job) not in done]
-    with ProcessPoolExecutor(workers) as pool, log.open("a") as file:
-        futures = [pool.submit(run, job) for job in missing]
-        for count, future in enumerate(as_completed(futures), 1):
-            result = future.result()
-            done[key(result)] = result
-            file.write(json.dumps(result) + "\n")
-            file.flush()
-            print(
-                f"{count}/{len(missing)} {key(result)} validation {result['validation']:.4f} {result['seconds']} s",
-                flush=True,
-            )
-    return [done[key(job)] for job in jobs]
-
-
 def cells() -> list[tuple[str, float | None, str]]:
     """Every combination of network, sparsity and method; dense has no sparsity."""
     return [
@@ -142,10 +121,6 @@ def cells() -> list[tuple[str, float | None, str]]:
         for method in METHODS
         for sparsity in ((None,) if method == "dense" else SPARSITIES)
     ]
-
-
-def mean_error(values: list[float]) -> tuple[float, float]:
-    return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
 
 
 def summarize(finals: list[dict[str, Any]]) -> dict[str, Any]:
@@ -301,7 +276,7 @@ def main() -> None:
         for trial in trials(m)
     ]
     best: dict[tuple[str, float | None, str], dict[str, Any]] = {}
-    for each in complete(search, log, arguments.workers):
+    for each in complete(search, log, arguments.workers, run, key):
         cell = (each["network"], each["sparsity"], each["method"])
         if cell not in best or each["validation"] > best[cell]["validation"]:
             best[cell] = each
@@ -310,14 +285,14 @@ def main() -> None:
         for n, s, m in chosen_cells
         for seed in SEEDS
     ]
-    results = complete(finals, log, arguments.workers)
+    results = complete(finals, log, arguments.workers, run, key)
     variants = [
         each | {"final": False, "change": change, "of": each["trial"], "trial": each["trial"] | change}
         for method, change in VARIANTS
         for each in finals
         if each["method"] == method and each["sparsity"] == max(SPARSITIES)
     ]
-    varied = complete(variants, log, arguments.workers)
+    varied = complete(variants, log, arguments.workers, run, key)
     if set(arguments.networks) != set(NETWORKS):
         return
     summary = summarize(results) | {"variants": compare(results, varied)}

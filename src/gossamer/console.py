@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from gossamer.training import Result
 
 REFRESH = 0.25
-"""Seconds between readings of loss and accuracy within an epoch; each reading waits for the device."""
+"""Seconds between readings of the measures within an epoch; each reading waits for the device."""
 
 
 class Display:
@@ -34,7 +34,7 @@ class Display:
         """Whether `step` would show something new; asked at every step."""
         return False
 
-    def step(self, step: int, epoch: int, loss: float, accuracy: float, sparsity: float) -> None:
+    def step(self, step: int, epoch: int, metrics: Mapping[str, Any]) -> None:
         """Show the running means of an epoch."""
 
     def epoch(self, metrics: Mapping[str, Any]) -> None:
@@ -50,7 +50,9 @@ class Lines(Display):
     def epoch(self, metrics: Mapping[str, Any]) -> None:
         """See `Display.epoch`."""
         parts = [f"{self._label}epoch {metrics['epoch']}/{self._epochs}", _measures(metrics)]
-        if metrics.get("validation_accuracy") is not None:
+        if metrics.get("validation_bits_per_character") is not None:
+            parts.append(f"validation {metrics['validation_bits_per_character']:.3f} bits")
+        elif metrics.get("validation_accuracy") is not None:
             parts.append(f"validation {100 * metrics['validation_accuracy']:.1f} %")
         self._console.print("  ".join([*parts, f"{metrics['seconds']:.1f} s"]), highlight=False, soft_wrap=True)
 
@@ -80,11 +82,10 @@ class Bar(Display):
         """See `Display.due`."""
         return time.monotonic() - self._last > REFRESH
 
-    def step(self, step: int, epoch: int, loss: float, accuracy: float, sparsity: float) -> None:
+    def step(self, step: int, epoch: int, metrics: Mapping[str, Any]) -> None:
         """See `Display.step`."""
         self._last = time.monotonic()
-        measures = _measures({"train_loss": loss, "train_accuracy": accuracy, "sparsity": sparsity})
-        self._progress.update(self._task, completed=step, epoch=epoch, measures=measures)
+        self._progress.update(self._task, completed=step, epoch=epoch, measures=_measures(metrics))
 
     def epoch(self, metrics: Mapping[str, Any]) -> None:
         """See `Display.epoch`."""
@@ -121,15 +122,18 @@ def print_results(console: Console, results: Sequence[Result]) -> None:
     elif first.rows:
         console.print(_sparsity_table(results))
     table = Table(show_header=False, box=None)
-    for label, values in (
-        ("test accuracy", [each.test_accuracy for each in results]),
-        ("validation accuracy", [each.validation_accuracy for each in results]),
-        ("sparsity of masked weights", [each.sparsity if each.summary.rows else None for each in results]),
-        ("sparsity of whole model", [each.summary.totals["all_sparsity"] for each in results]),
+    percent = (100, 2, " %")
+    for label, (scale, digits, unit), values in (
+        ("test bits per character", (1, 3, ""), [each.test_bits_per_character for each in results]),
+        ("validation bits per character", (1, 3, ""), [each.validation_bits_per_character for each in results]),
+        ("test accuracy", percent, [each.test_accuracy for each in results]),
+        ("validation accuracy", percent, [each.validation_accuracy for each in results]),
+        ("sparsity of masked weights", percent, [each.sparsity if each.summary.rows else None for each in results]),
+        ("sparsity of whole model", percent, [each.summary.totals["all_sparsity"] for each in results]),
     ):
         known = [value for value in values if value is not None]
         if known:
-            table.add_row(label, spread([100 * value for value in known], 2) + " %")
+            table.add_row(label, spread([scale * value for value in known], digits) + unit)
     total, kept = first.totals["all_total"], spread([each.summary.totals["all_nonzero"] for each in results], 0)
     table.add_row("parameters kept", f"{kept} of {total:,}")
     table.add_row("training time", f"{sum(each.seconds for each in results):.1f} s")
@@ -159,4 +163,6 @@ def _sparsity_table(results: Sequence[Result]) -> Table:
 
 def _measures(metrics: Mapping[str, Any]) -> str:
     accuracy, sparsity = 100 * metrics["train_accuracy"], 100 * metrics["sparsity"]
-    return f"loss {metrics['train_loss']:.3f}  accuracy {accuracy:.1f} %  sparsity {sparsity:.1f} %"
+    bits = metrics.get("train_bits_per_character")
+    loss = f"loss {metrics['train_loss']:.3f}" if bits is None else f"{bits:.3f} bits"
+    return f"{loss}  accuracy {accuracy:.1f} %  sparsity {sparsity:.1f} %"

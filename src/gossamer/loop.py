@@ -25,6 +25,7 @@ from gossamer.recipe import Recipe
 from gossamer.section import key_in
 
 _Dataset = data.Dataset | data.FolderDataset
+_Split = data.Split | data.FolderSplit | data.TextSplit
 
 
 class Run:
@@ -38,7 +39,8 @@ class Run:
         self.accelerator = _accelerator(recipe)
         dataset = self._load_data()
         parts = {"train": dataset.train, "validate": dataset.validation, "test": dataset.test}
-        self.images = {part: len(split) for part, split in parts.items() if split is not None}
+        self.samples = {part: len(split) for part, split in parts.items() if split is not None}
+        self.text = isinstance(dataset.train, data.TextSplit)
         self.batches = self._batches(dataset.train, shuffle=True)
         self.validation = None if dataset.validation is None else self._batches(dataset.validation)
         self.test = self._batches(dataset.test)
@@ -64,7 +66,7 @@ class Run:
 
     def describe(self) -> list[str]:
         """What is trained, on what and how sparse, a line each, for people."""
-        images = ", ".join(f"{count:,} to {part}" for part, count in self.images.items())
+        samples = ", ".join(f"{count:,} to {part}" for part, count in self.samples.items())
         totals = self.sparsity.summary().totals
         sparse = "none, every weight is trained"
         if methods := " and ".join(method.name for method in self.sparsity.methods):
@@ -72,7 +74,7 @@ class Run:
                 f"{methods}, starts with {totals['targets_active']:,} of {totals['targets_total']:,} weights active"
             )
         return [
-            f"data     {self.recipe.data.name}, images: {images}",
+            f"data     {self.recipe.data.name}, {'characters' if self.text else 'images'}: {samples}",
             f"network  {self.recipe.model.name}, {totals['all_total']:,} parameters",
             f"method   {sparse}",
         ]
@@ -82,38 +84,37 @@ class Run:
         start = time.perf_counter()
         self.updates = []
         lr = self.optimizer.param_groups[0]["lr"]
-        loss, accuracy = self._train_epoch(shown)
-        if not math.isfinite(loss):
+        trained = self._train_epoch(shown)
+        if not math.isfinite(trained["loss"]):
             raise NonFiniteError(
-                f"epoch {self.epoch + 1}: the training loss is {loss}, the run diverged; lower optimizer.lr "
+                f"epoch {self.epoch + 1}: the training loss is {trained['loss']}, the run diverged; lower optimizer.lr "
                 f"(it was {lr:g}) or set clip_grad_norm"
             )
         if self.recipe.schedule.per == "epoch":
             self.scheduler.step()
         self.epoch += 1
-        metrics = {"epoch": self.epoch, "step": self.sparsity.step, "train_loss": loss, "train_accuracy": accuracy}
+        metrics = {"epoch": self.epoch, "step": self.sparsity.step} | _named("train", trained)
         if self.validation is not None:
-            metrics["validation_loss"], metrics["validation_accuracy"] = self.evaluate(self.validation)
+            metrics |= _named("validation", self.evaluate(self.validation))
         return metrics | {
             "sparsity": 1 - self.sparsity.density(),
             "lr": lr,
             "seconds": time.perf_counter() - start,
         }
 
-    def _train_epoch(self, shown: Display) -> tuple[float, float]:
+    def _train_epoch(self, shown: Display) -> dict[str, float]:
         accumulate, per_step = self.recipe.accumulate, self.recipe.schedule.per == "step"
-        sums, seen = torch.zeros(2, device=self.accelerator.device), 0
+        sums, state = torch.zeros(3, device=self.accelerator.device), None
         self.forward.train()
         for i, (inputs, labels) in enumerate(self.batches):
             first = i - i % accumulate
             window = min(accumulate, len(self.batches) - first)
             last = i == first + window - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.forward):
-                logits = self.forward(self._lay_out(inputs))
-                loss = F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
+                logits, state = self._predict(inputs, state)
+                loss = F.cross_entropy(logits, labels.flatten(), label_smoothing=self.recipe.label_smoothing)
                 self.accelerator.backward((loss + self.sparsity.penalty()) / window)
-            _add(sums, loss.detach() * len(labels), logits, labels)
-            seen += len(labels)
+            _add(sums, loss.detach() * labels.numel(), logits, labels)
             if last:
                 if self.recipe.clip_grad_norm is not None:
                     self.sparsity.clip_grad_norm_(self.recipe.clip_grad_norm)
@@ -122,20 +123,19 @@ class Run:
                 if per_step:
                     self.scheduler.step()
             if shown.due():
-                mean_loss, accuracy = (sums / seen).tolist()
-                shown.step(self.sparsity.step, self.epoch + 1, mean_loss, accuracy, 1 - self.sparsity.density())
-        return self._means(sums, seen)
+                measures = _named("train", self._means(sums)) | {"sparsity": 1 - self.sparsity.density()}
+                shown.step(self.sparsity.step, self.epoch + 1, measures)
+        return self._means(self.accelerator.reduce(sums, "sum"))
 
     @torch.no_grad()
-    def evaluate(self, batches: data.Batches) -> tuple[float, float]:
-        """Mean cross-entropy and accuracy over all of the batches."""
-        sums, seen = torch.zeros(2, device=self.accelerator.device), 0
+    def evaluate(self, batches: data.Batches) -> dict[str, float]:
+        """Mean cross-entropy ("loss") and accuracy over all of the batches, of text also bits per character."""
+        sums, state = torch.zeros(3, device=self.accelerator.device), None
         self.forward.eval()
         for inputs, labels in batches:
-            logits = self.forward(self._lay_out(inputs))
-            _add(sums, F.cross_entropy(logits, labels, reduction="sum"), logits, labels)
-            seen += len(labels)
-        return self._means(sums, seen)
+            logits, state = self._predict(inputs, state)
+            _add(sums, F.cross_entropy(logits, labels.flatten(), reduction="sum"), logits, labels)
+        return self._means(self.accelerator.reduce(sums, "sum"))
 
     def finish(self) -> None:
         """Make the model plain: no hooks, exact zeros."""
@@ -190,9 +190,13 @@ class Run:
                 raise
             raise DataError(str(self.recipe.error(("data", "root"), error))) from None
 
-    def _batches(self, split: data.Split | data.FolderSplit, shuffle: bool = False) -> data.Batches:
+    def _batches(self, split: _Split, shuffle: bool = False) -> data.Batches:
         section, accelerator = self.recipe.data, self.accelerator
         augment = section.augment if shuffle else None
+        length = {} if section.length is None else {"length": section.length}
+        if length and not self.text:
+            what = f"got {section.length}, but {section.name} holds images; leave it out, it is for text"
+            raise self.recipe.error(("data", "length"), what)
         try:
             return split.batches(
                 section.batch_size,
@@ -204,9 +208,11 @@ class Run:
                 drop_last=shuffle and accelerator.num_processes > 1,
                 rank=accelerator.process_index,
                 world_size=accelerator.num_processes,
+                **length,
             )
         except ConfigurationError as error:
-            key = "augment" if str(error).startswith("augment: ") else "batch_size"
+            key = str(error).partition(": ")[0]
+            key = key if key in ("augment", "length") else "batch_size"
             raise self.recipe.error(("data", key), error) from None
 
     def _build_model(self, dataset: _Dataset) -> nn.Module:
@@ -227,26 +233,31 @@ class Run:
         return model
 
     def _try_out(self, model: nn.Module, count: int, dataset: _Dataset, use: Literal["evaluated", "trained"]) -> None:
-        """Refuse a network that cannot be used so on `count` images, before the run finds out in its last batch."""
+        """Refuse a network that cannot be used so on `count` images or streams of text, before a last batch does."""
         name = self.recipe.model.name
-        images = f"{count} image{'s' if count > 1 else ''} of shape {dataset.shape} of {dataset.name}"
+        inputs = torch.zeros(count, 1, dtype=torch.int64) if self.text else torch.zeros(count, *dataset.shape)
+        shape = f" of shape {dataset.shape}" if dataset.shape else ""
+        samples = f"{count} {'stream' if self.text else 'image'}{'s' if count > 1 else ''}{shape} of {dataset.name}"
         # A copy, since statistics of batch norms change; with random numbers of its own, since dropout draws some.
         tried = copy.deepcopy(model).train(use == "trained")
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                outputs = tried(torch.zeros(count, *dataset.shape))
+                outputs = tried(inputs)
         except Exception as error:  # a network of another library may raise anything
-            what = f"{name} cannot be {use} on {images}: {reason(error)}"
+            what = f"{name} cannot be {use} on {samples}: {reason(error)}"
             if use == "trained" and count == 1 < self.batches.batch_size:
                 what += "; this is the smallest batch of an epoch, another data.batch_size makes it larger"
             raise self.recipe.model_error(what) from None
+        if self.text:
+            outputs, _ = outputs
         if not isinstance(outputs, Tensor):
             raise self.recipe.model_error(
                 f"{name} gives a {type(outputs).__name__} when it is {use}, expected one tensor; a network with "
                 "auxiliary outputs may have an argument that turns them off, such as aux_logits: false"
             )
-        if outputs.shape != (count, dataset.classes):
-            what = f"gives {tuple(outputs.shape)} for {images}, which has {dataset.classes} classes"
+        if outputs.shape != (*inputs.shape[: inputs.dim() - len(dataset.shape)], dataset.classes):
+            labels = "symbols" if self.text else "classes"
+            what = f"gives {tuple(outputs.shape)} for {samples}, which has {dataset.classes} {labels}"
             raise self.recipe.model_error(f"{name} {what}")
 
     def _attach(self, methods: list[Method]) -> Sparsity:
@@ -263,19 +274,28 @@ class Run:
     def _note_update(self, update: MaskUpdate) -> None:
         self.updates.append({"epoch": self.epoch + 1, **asdict(update)})
 
-    def _lay_out(self, inputs: Tensor) -> Tensor:
-        return inputs.contiguous(memory_format=torch.channels_last) if self.recipe.channels_last else inputs
+    def _predict(self, inputs: Tensor, state: tuple[Tensor, ...] | None) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """Logits, a row for each label, and for text the state to go on with, through which no gradient goes back."""
+        if not self.text:
+            channels_last = self.recipe.channels_last
+            return self.forward(inputs.contiguous(memory_format=torch.channels_last) if channels_last else inputs), None
+        logits, state = self.forward(inputs, state)
+        return logits.flatten(0, 1), tuple(each.detach() for each in state)
 
-    def _means(self, sums: Tensor, seen: int) -> tuple[float, float]:
-        counted = torch.cat([sums, sums.new_tensor([seen])])
-        loss, correct, count = self.accelerator.reduce(counted, "sum").tolist()
-        return loss / count, correct / count
+    def _means(self, sums: Tensor) -> dict[str, float]:
+        loss, correct, count = sums.tolist()
+        means = {"loss": loss / count, "accuracy": correct / count}
+        return means | {"bits_per_character": means["loss"] / math.log(2)} if self.text else means
 
 
 def _add(sums: Tensor, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-    """Add a batch to the sums of losses and of right answers, on the device, without waiting for it."""
-    sums[0] += loss
-    sums[1] += (logits.detach().argmax(1) == labels).sum()
+    """Add a batch to the sums of losses, of right answers and of labels, on the device, without waiting for it."""
+    labels = labels.flatten()
+    sums += torch.stack([loss, (logits.detach().argmax(1) == labels).sum(), (labels >= 0).sum()])
+
+
+def _named(part: str, means: dict[str, float]) -> dict[str, Any]:
+    return {f"{part}_{name}": mean for name, mean in means.items()}
 
 
 def _accelerator(recipe: Recipe) -> Accelerator:

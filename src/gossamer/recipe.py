@@ -57,12 +57,15 @@ class DataRecipe(Section):
     """The data set and its batches: images an optimizer step sees are `batch_size` × `accumulate`.
 
     `validation` is the number of training images held out, the same ones for every seed; `None` for the data set's
-    default. `root`, `image_size` and `workers` are for a folder of images; see `gossamer.data.load_image_folder`.
+    default. Of text, `batch_size` is the number of parallel streams, `length` that of characters of each in a batch,
+    and `validation` counts characters too; see `gossamer.data.StreamLoader`.
+    `root`, `image_size` and `workers` are for a folder of images; see `gossamer.data.load_image_folder`.
     """
 
     name: str
     batch_size: _Count = 128
     validation: _CountOrZero | None = None
+    length: _Count | None = None
     augment: AugmentRecipe | None = None
     root: str | None = None
     image_size: _Count | None = None

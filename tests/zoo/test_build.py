@@ -20,7 +20,7 @@ needs_timm = pytest.mark.skipif(
 
 
 def test_own_networks_are_built_with_their_arguments():
-    assert zoo.names() == ["cifar_resnet", "cifar_wrn", "i1k_resnet", "lenet", "mnist_mlp"]
+    assert zoo.names() == ["char_rnn", "cifar_resnet", "cifar_wrn", "i1k_resnet", "lenet", "mnist_mlp"]
     model = zoo.build("mnist_mlp", width=0.5, in_features=64)
     assert [p.shape for p in model.parameters() if p.dim() > 1] == [(150, 64), (50, 150), (10, 50)]
 
@@ -28,7 +28,7 @@ def test_own_networks_are_built_with_their_arguments():
 def test_unknown_names_list_the_nearest():
     with pytest.raises(ConfigurationError, match=r"no network 'mnist_mpl'; did you mean mnist_mlp"):
         zoo.build("mnist_mpl")
-    with pytest.raises(ConfigurationError, match=r"no network 'zzz'; known: cifar_resnet, cifar_wrn"):
+    with pytest.raises(ConfigurationError, match=r"no network 'zzz'; known: char_rnn, cifar_resnet, cifar_wrn"):
         zoo.build("zzz")
     with pytest.raises(ConfigurationError, match="unknown library 'hub'; models come from timm and torchvision"):
         zoo.build("hub:resnet50")
@@ -107,6 +107,14 @@ def test_arguments_fit_the_data():
         zoo.arguments("i1k_resnet", (1, 28, 28), 10)
     with pytest.raises(ConfigurationError, match="did you mean lenet"):
         zoo.arguments("lennet", (1, 28, 28), 10)
+    assert zoo.arguments("char_rnn", (), 84) == {"symbols": 84}
+    with pytest.raises(ConfigurationError, match=r"char_rnn takes text, the data are images; .* are cifar_r"):
+        zoo.arguments("char_rnn", (1, 28, 28), 10)
+    for name in ("lenet", "i1k_resnet", "timm:resnet18", "torchvision:resnet18"):
+        with pytest.raises(ConfigurationError, match=f"{name} takes images, the data are text; .* char_rnn$"):
+            zoo.arguments(name, (), 84)
+    with pytest.raises(ConfigurationError, match="did you mean char_rnn"):
+        zoo.arguments("chr_rnn", (), 84)
 
 
 class Broken:

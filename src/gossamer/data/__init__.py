@@ -7,6 +7,7 @@ from gossamer.data.image_folder import FolderDataset, FolderSplit, load_image_fo
 from gossamer.data.loader import Batches, BatchLoader
 from gossamer.data.sources import available, fetch
 from gossamer.data.store import folder
+from gossamer.data.text import StreamLoader, TextSplit
 
 __all__ = [
     "IMAGE_FOLDER",
@@ -18,6 +19,8 @@ __all__ = [
     "FolderDataset",
     "FolderSplit",
     "Split",
+    "StreamLoader",
+    "TextSplit",
     "available",
     "fetch",
     "folder",

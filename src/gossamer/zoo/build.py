@@ -10,6 +10,7 @@ from torch import nn
 
 from gossamer.errors import ConfigurationError, reason
 from gossamer.zoo._vision import build_timm, build_torchvision, unknown
+from gossamer.zoo.char_rnn import char_rnn
 from gossamer.zoo.cifar_resnet import cifar_resnet
 from gossamer.zoo.cifar_wrn import cifar_wrn
 from gossamer.zoo.i1k_resnet import i1k_resnet
@@ -17,6 +18,7 @@ from gossamer.zoo.lenet import lenet
 from gossamer.zoo.mnist_mlp import mnist_mlp
 
 _OWN: dict[str, Callable[..., nn.Module]] = {
+    "char_rnn": char_rnn,
     "cifar_resnet": cifar_resnet,
     "cifar_wrn": cifar_wrn,
     "i1k_resnet": i1k_resnet,
@@ -68,18 +70,30 @@ def build(name: str, **kwargs: Any) -> nn.Module:
     return _OWN[name](**kwargs)
 
 
-def arguments(name: str, shape: tuple[int, int, int], classes: int) -> dict[str, Any]:
+def arguments(name: str, shape: tuple[int, ...], classes: int) -> dict[str, Any]:
     """Return the arguments that make a network fit a data set; add a recipe's own to them.
 
     Args:
         name: As for `build`.
-        shape: (channels, height, width) of one input.
-        classes: Number of classes.
+        shape: (channels, height, width) of an image; () of a character.
+        classes: Number of classes, or of distinct characters.
 
     Raises:
-        ConfigurationError: An unknown network, one that needs square images, or a torchvision model (whose stem is
-            fixed) for images without three channels.
+        ConfigurationError: An unknown network, one for images where the data are text or the other way round, one that
+            needs square images, or a torchvision model (whose stem is fixed) for images without three channels.
     """
+    if ":" not in name and name not in _OWN:
+        raise unknown(name, [*names(), "torchvision:resnet18", "timm:resnet18"])
+    for_text = [each for each in names() if "symbols" in inspect.signature(_OWN[each]).parameters]
+    if (name in for_text) == bool(shape):
+        takes, given = ("text", "images") if shape else ("images", "text")
+        fitting_ones = [each for each in names() if (each in for_text) != bool(shape)]
+        raise ConfigurationError(
+            f"zoo: {name} takes {takes}, the data are {given}; gossamer's own networks for {given} are "
+            f"{', '.join(fitting_ones)}"
+        )
+    if not shape:
+        return {"symbols": classes}
     channels, height, width = shape
     if name.startswith("timm:"):
         return {"in_chans": channels, "num_classes": classes}
@@ -90,8 +104,6 @@ def arguments(name: str, shape: tuple[int, int, int], classes: int) -> dict[str,
         )
     if name.startswith("torchvision:"):
         return {"num_classes": classes}
-    if name not in _OWN:
-        raise unknown(name, [*names(), "torchvision:resnet18", "timm:resnet18"])
     if name == "lenet" and height != width:
         raise ConfigurationError(f"zoo: lenet takes square images, the data have {height}×{width}")
     fitting = {
