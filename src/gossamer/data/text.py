@@ -109,7 +109,6 @@ class StreamLoader(EpochLoader):
         self.split = split
         self.length = length
         self.shuffle = shuffle
-        self.drop_last = drop_last
         self._codes = split.codes.to(self.device)
         self._rows = slice(batch_size * rank // world_size, batch_size * (rank + 1) // world_size)
 
@@ -142,7 +141,8 @@ class StreamLoader(EpochLoader):
     def _ring(self) -> tuple[Tensor, Tensor]:
         used = len(self) * self.batch_size * self.length
         begin = int(torch.randint(len(self.split), (1,), generator=self._generator))
-        return tuple(self._codes.roll(-begin - ahead)[:used].view(self.batch_size, -1) for ahead in (0, 1))  # type: ignore[return-value]  # two
+        ring = self._codes.roll(-begin)
+        return ring[:used].view(self.batch_size, -1), ring.roll(-1)[:used].view(self.batch_size, -1)
 
     def _ordered(self) -> tuple[Tensor, Tensor]:
         size = len(self.split)
