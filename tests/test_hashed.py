@@ -50,6 +50,27 @@ class Net(nn.Module):
         return self.head(torch.relu(self.hidden(torch.tanh(self.conv(x)).flatten(1))))
 
 
+def hashed(layer: nn.Module) -> nn.Module:
+    hash_weight(layer, "weight", 8)
+    return layer
+
+
+def shifted() -> nn.Module:
+    class Shift(nn.Module):
+        def forward(self, weight: torch.Tensor) -> torch.Tensor:
+            return weight + 1
+
+    layer = hashed(nn.Linear(4, 4))
+    nn.utils.parametrize.register_parametrization(layer, "weight", Shift())
+    return layer
+
+
+def shared_bank() -> nn.Module:
+    first, second = hashed(nn.Linear(4, 4)), hashed(nn.Linear(4, 4))
+    second.parametrizations.weight.original = first.parametrizations.weight.original
+    return nn.Sequential(first, second)
+
+
 class Run:
     def __init__(self, method: gs.Method, net: nn.Module | None = None) -> None:
         self.net = net or Net()
@@ -202,24 +223,26 @@ def test_finalized_model_is_plain_with_the_same_outputs_and_trains_on() -> None:
     assert not run.net(x).equal(before)
 
 
-def test_one_shot_pruning_keeps_the_largest_weights() -> None:
+def test_one_shot_pruning_keeps_the_largest_weights_and_writes_them_out() -> None:
     net = Net()
     weight = net.hidden.weight.detach().clone()
     gs.prune(net, 0.5, distribution="uniform")
+    assert isinstance(net.hidden.weight, nn.Parameter)
     kept = net.hidden.weight != 0
+    assert net.hidden.weight[kept].equal(weight[kept])
     assert kept.sum() == 256
     assert weight[kept].abs().min() >= weight[~kept].abs().max()
 
 
 def test_masks_given_and_masks_from_zeros_are_taken() -> None:
+    first = gs.attach(Net(), gs.Static(0.5))
+    masks = first.masks()
     net = Net()
-    gs.prune(net, 0.5)
-    kept = net.hidden.weight != 0
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    sparsity = gs.attach(net, gs.Static(), optimizer, masks="zeros")
-    assert sparsity.masks()["hidden.weight"].equal(kept)
-    other = gs.attach(Net(), gs.Static(), masks=sparsity.masks())
-    assert other.masks()["hidden.weight"].equal(kept)
+    second = gs.attach(net, gs.Static(), masks=masks)
+    assert not net.hidden.weight[~masks["hidden.weight"]].any()
+    second.detach()
+    third = gs.attach(net, gs.Static(), masks="zeros")
+    assert all(mask.equal(masks[name]) for name, mask in third.masks().items())
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -255,7 +278,7 @@ def test_saved_with_another_seed_is_refused() -> None:
     hash_weight(saved, "weight", 16, seed=1)
     other = nn.Linear(8, 8)
     hash_weight(other, "weight", 16, seed=2)
-    with pytest.raises(RuntimeError, match=r"weight: saved with the seed, bank and shape \[1, 16, 8, 8\]"):
+    with pytest.raises(gs.StateError, match=r"saved with the seed, size and shape \[1, 16, 8, 8\]"):
         other.load_state_dict(saved.state_dict())
 
 
@@ -269,6 +292,17 @@ def test_saved_with_another_seed_is_refused() -> None:
         (lambda: hash_weight(nn.LSTM(4, 4), "weight_hh_l0", 4), "take LSTMCell"),
         (lambda: hash_weight(nn.LazyLinear(4), "weight", 4), "has no values yet"),
         (lambda: hash_weight(nn.Linear(4, 4, device="meta"), "weight", 4), "has no values yet"),
+        (lambda: hash_weight(nn.Linear(4, 4), ["weight"], 4), "Linear has no parameter"),
+        (lambda: hash_weight(nn.Linear(4, 4), "weight", 4, fit=1), "fit: expected True or False"),
+        (
+            lambda: hash_weight(hashed(nn.Linear(4, 4)), "weight", 4),
+            "is computed by HashedWeight already",
+        ),
+        (
+            lambda: gs.attach(nn.Sequential(shifted()), gs.Static(0.5)),
+            r"0\.weight: is computed from numbers",
+        ),
+        (lambda: gs.attach(shared_bank(), gs.Static(0.5)), r"0\.weight: is computed from numbers that other weights"),
         (lambda: hash_weight(torch.zeros(2), "weight", 4), "expected a torch.nn.Module, got Tensor"),
         (lambda: gs.attach(Net(), gs.RigL(0.5)), r"conv\.weight: is computed from other numbers.*'gradient'"),
         (lambda: gs.attach(Net(), gs.GMP(0.5, end=9, score="movement")), r"conv\.weight: is computed"),
@@ -278,3 +312,53 @@ def test_saved_with_another_seed_is_refused() -> None:
 def test_what_cannot_be_hashed_is_refused_by_name(call: object, message: str) -> None:
     with pytest.raises(gs.ConfigurationError, match=message):
         call()
+
+
+@pytest.mark.parametrize("options", [{}, {"use_buffers": True}], ids=["parameters", "buffers"])
+@pytest.mark.parametrize("early", [True, False], ids=["made before", "made after"])
+def test_an_average_of_a_model_reads_its_bank_by_the_same_hashes(options: dict[str, bool], early: bool) -> None:
+    net = Net()
+    ema = torch.optim.swa_utils.get_ema_multi_avg_fn(0.9999)
+    average = torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=ema, **options) if early else None
+    sparsity = gs.attach(net, gs.Static(0.5))
+    average = average or torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=ema, **options)
+    for _ in range(20):
+        average.update_parameters(net)
+    sparsity.project(average)
+    x = torch.randn(3, 4, 4, 4)
+    torch.testing.assert_close(average(x), net(x))
+    Net().load_state_dict(average.module.state_dict())
+
+
+def test_a_tie_to_another_module_ends_and_that_one_keeps_its_weight() -> None:
+    embedding, decoder = nn.Embedding(20, 6), nn.Linear(6, 20, bias=False)
+    decoder.weight = embedding.weight
+    before = embedding.weight.detach().clone()
+    hash_weight(decoder, "weight", 30)
+    assert embedding.weight.equal(before)
+    assert tuple(decoder.weight.shape) == (20, 6)
+    gs.attach(nn.Sequential(embedding, decoder), gs.Static(0.5))
+
+
+def test_predicates_see_the_weight_that_is_computed() -> None:
+    seen = {}
+    gs.attach(Net(), gs.Static(0.5, targets=lambda name, module, weight: seen.setdefault(name, weight.dim()) > 1))
+    assert seen["hidden.weight"] == 2
+    assert seen["conv.weight"] == 4
+
+
+def test_a_finalized_weight_has_no_gradient_of_another_shape() -> None:
+    run = Run(METHODS["static"]())
+    run.net(torch.randn(3, 4, 4, 4)).sum().backward()
+    run.sparsity.finalize()
+    run.optimizer.zero_grad(set_to_none=False)
+    run.train(range(2))
+
+
+def test_modules_made_without_memory_have_their_hashes_afterwards() -> None:
+    layer = nn.Linear(4, 4)
+    hash_weight(layer, "weight", 8, seed=3)
+    index = layer.parametrizations.weight[0].index.clone()
+    layer.to("meta")
+    layer.to_empty(device="cpu")
+    assert layer.parametrizations.weight[0].index.equal(index)

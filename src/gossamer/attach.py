@@ -1,21 +1,22 @@
 """The engine: binds methods to a model, keeps masks in force through the optimizer, saves and restores their state.
 
-Masks act through hooks of the optimizer (`gossamer.hooks`), never in the forward pass, so the model stays an ordinary
-module with the same keys.
+Masks act through hooks of the optimizer (`gossamer.hooks`), not in the forward pass, so the model stays an ordinary
+module with the same keys. Those of a `gossamer.targets.ComputedWeight` act there, since it is no parameter.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from math import prod
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -90,7 +91,7 @@ def attach(
     if followed:
         sparsity.follow(followed)
     if automatic:
-        sparsity._hooks.adopt = sparsity.follow
+        sparsity._hooks.adopt = sparsity._adopt
     return sparsity
 
 
@@ -139,6 +140,15 @@ class Sparsity:
                 tensor.enforce()
         optimizers.move_to_own_groups(groups, found)
         self._hooks.follow(found)
+
+    def _adopt(self, optimizer: optim.Optimizer) -> None:
+        try:
+            self.follow(optimizer)
+        except OrderError as error:
+            raise OrderError(
+                f"{error}. optimizer='auto' follows the one that steps first; where several train these weights, call "
+                "sparsity.follow([first, second]) before they step (of a DSModel: model.handle.follow)"
+            ) from None
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Parameter groups of what the methods learn (scores, thresholds), without weight decay; may be empty."""
@@ -222,6 +232,11 @@ class Sparsity:
             allowed = sorted({name for each in phases for name in each})
             raise ConfigurationError(f"update: no method has a phase {phase!r}; there are {allowed}")
         asked = [(method, each[phase]) for method, each in zip(self.methods, phases, strict=True) if phase in each]
+        for method, ask in asked:
+            try:
+                inspect.signature(ask).bind(self.step, self._hooks.state_of, **arguments)
+            except TypeError as error:
+                raise ConfigurationError(f"update: phase {phase!r} of {method.name}: {error}") from None
         return self._hooks.commit(self._hooks.propose(asked, self.step, **arguments))
 
     def freeze(self, frozen: bool = True) -> None:
@@ -258,8 +273,8 @@ class Sparsity:
         """Write the present masks into a copy of the model, such as an EMA or SWA average.
 
         Args:
-            copy: A module with the same parameter names (prefixes of wrappers are ignored), on all ranks; its weights
-                may be whole where those of the model are sharded, and the other way round.
+            copy: A module with the same parameter names, or one around such a module, on all ranks; its weights may
+                be whole where those of the model are sharded, and the other way round.
 
         Raises:
             ConfigurationError: A masked weight is missing in the copy, or has another shape.
@@ -269,10 +284,10 @@ class Sparsity:
             raise ConfigurationError(f"project: expected a module, a copy of the model, got {type(copy).__name__}")
         found = {target.name: target for target, _ in named_weights(copy)}
         pairs = []
-        for tensor in self._hooks.tensors():
-            # An average of a model under DDP adds the prefix twice.
-            spellings = (f"{prefix}{tensor.name}" for prefix in ("", "module.", "module.module."))
-            target = next((found[name] for name in spellings if name in found), None)
+        tensors = self._hooks.tensors()
+        prefix = _prefix([tensor.name for tensor in tensors], found)
+        for tensor in tensors:
+            target = found.get(prefix + tensor.name)
             if target is None or target.shape != tensor.shape:
                 shape = None if target is None else target.shape
                 raise ConfigurationError(
@@ -291,7 +306,10 @@ class Sparsity:
     # -- end -----------------------------------------------------------------------------------------------------------
 
     def detach(self) -> None:
-        """Let go of the optimizer and the model as they are: from now on nothing keeps pruned weights at zero."""
+        """Let go of the optimizer and the model as they are: from now on nothing keeps pruned weights at zero.
+
+        A weight that is computed from other numbers keeps its mask.
+        """
         self._require_attached()
         for method in self.methods:
             method.detach()
@@ -359,11 +377,12 @@ class Sparsity:
             raise OrderError("this handle was detached or finalized; attach the model again to go on")
 
     def _require_placed(self) -> None:
-        """Masks are whole until `follow`; before an optimizer is followed of itself, they go where weights are now."""
+        """Masks go where a moved model is, and before an optimizer is followed of itself they are sharded as it is."""
         tensors = self._hooks.tensors()
-        if any(isinstance(tensor.parameter, DTensor) and tensor.target.sharded is None for tensor in tensors):
-            if self._hooks.adopt is None:
-                raise OrderError(f"the model was sharded, and its masks were not; {guard.ORDER}")
+        sharded = any(isinstance(tensor.parameter, DTensor) and tensor.target.sharded is None for tensor in tensors)
+        if sharded and self._hooks.adopt is None:
+            raise OrderError(f"the model was sharded, and its masks were not; {guard.ORDER}")
+        if sharded or any(tensor.mask.device != tensor.parameter.device for tensor in tensors):
             with torch.no_grad():
                 self._place_masks()  # weights stay as they are: a state of theirs may be loaded already, and masks not
 
@@ -381,6 +400,13 @@ class Sparsity:
         for method in self.methods:
             for target in method.claims():
                 target.remember_shard()
+
+
+def _prefix(names: Sequence[str], found: Collection[str]) -> str:
+    """What a module around a copy puts before its names; "" where it is not to be told."""
+    ends = [name.removesuffix(names[0]) for name in found if name.endswith(names[0])] if names else []
+    whole = [end for end in ends if not end or end.endswith(".")]
+    return next((end for end in sorted(whole, key=len) if all(end + name in found for name in names)), "")
 
 
 def _check_masks(masks: object) -> None:

@@ -159,8 +159,15 @@ def _refuse_unfollowed(optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs
         if name is None and (earlier := _names.get(parameter)) not in kept.values():
             name = earlier  # of a dropped handle; one that a living handle lost is named better by its hook
         if name is not None and id(parameter) not in kept:
-            mine = (keeper for keeper in _live if any(each.parameter is parameter for each in keeper.claims()))
+            trained = {id(each) for each in held}
+            keepers = [keeper for keeper in _live if any(id(each.parameter) in trained for each in keeper.claims())]
+            mine = (keeper for keeper in keepers if any(each.parameter is parameter for each in keeper.claims()))
             if (keeper := next(mine, None)) is not None and keeper.adopt is not None and not keeper.optimizers:
+                if len(keepers) > 1:
+                    raise OrderError(
+                        f"{name}: this optimizer trains weights of {len(keepers)} handles, and one keeps the masks of "
+                        "an optimizer; attach all methods at once, as a list, or give each model an optimizer"
+                    )
                 keeper.adopt(optimizer)
                 return
             if keeper is not None and keeper.optimizers:

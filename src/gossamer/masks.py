@@ -96,6 +96,7 @@ class MaskedTensor:
         if self.computed is not None:
             for owner, attribute in self.target.places:
                 parametrize.remove_parametrizations(owner, attribute, leave_parametrized=True)
+            self.parameter.grad = None  # that of the numbers, in their shape
             self.computed = None
 
     def apply(self, change: Change) -> tuple[Tensor, Tensor]:

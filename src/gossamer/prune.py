@@ -37,6 +37,8 @@ def prune(
 ) -> Summary:
     """Prune a model in one shot: its lowest-scoring weights become exactly 0.0. Needs no optimizer and leaves no hook.
 
+    A weight that is computed from other numbers (`gossamer.nn.hash_weight`) becomes a plain parameter.
+
     To train on, `gossamer.attach(model, method, optimizer, masks="zeros")`.
 
     Args:
@@ -73,6 +75,7 @@ def prune(
     guard.check_unclaimed(tensor.parameter for tensor in method.tensors)
     for change in method.update(method.end, lambda _: {}).changes:
         change.tensor.apply(change)
+        change.tensor.finalize()
     count_active(method.tensors)
     return summarize(model, [method])
 

@@ -21,6 +21,7 @@ _KEYS = {
     "frozen": bool,
     "second_moment": str,
     "masks": Mapping,
+    "begun": Mapping,
     "shapes": Mapping,
     "methods": Sequence,
 }
@@ -35,6 +36,7 @@ def save(methods: Sequence[Method], step: int, frozen: bool, second_moment: str)
         "step": step,
         "frozen": frozen,
         "masks": {tensor.name: tensor.pack(tensor.mask) for tensor in tensors},
+        "begun": {tensor.name: tensor.pack(tensor.begun) for tensor in tensors if tensor.begun is not None},
         "shapes": {tensor.name: list(tensor.shape) for tensor in tensors},
         "second_moment": second_moment,
         "methods": [
@@ -60,7 +62,7 @@ def check(methods: Sequence[Method], state: Mapping[str, Any]) -> None:
     for key, kind in _KEYS.items():
         if not isinstance(state.get(key), kind):
             raise StateError(f"sparsity state: {key!r} is {_brief(state.get(key))}, expected {kind.__name__}")
-    if unknown := [key for part in ("masks", "shapes") for key in state[part] if not isinstance(key, str)]:
+    if unknown := [key for part in ("masks", "begun", "shapes") for key in state[part] if not isinstance(key, str)]:
         raise StateError(f"sparsity state: masks are by parameter name, got {_brief(unknown[0])}; the file is damaged")
     if state["second_moment"] not in SECOND_MOMENTS:
         raise StateError(f"sparsity state: 'second_moment' is {_brief(state['second_moment'])}; the file is damaged")
@@ -84,6 +86,7 @@ def check(methods: Sequence[Method], state: Mapping[str, Any]) -> None:
                     "attach with the arguments it was saved with"
                 )
         method.check_state(each["state"], _check_masks(method, state))
+        _check_masks(method, state, "begun")
     claimed = {_strip(target.name) for method in methods for target in method.claims()}
     if unknown := sorted(set(_by_name(state["masks"])) - claimed):
         raise StateError(f"sparsity state: has a mask of {unknown[0]}, which no attached method masks; attach the same")
@@ -104,20 +107,21 @@ def differences(methods: Sequence[Method], saved: Mapping[str, Any], second_mome
 
 def restore(methods: Sequence[Method], state: Mapping[str, Any]) -> None:
     """Put a checked state in force; pruned weights become 0."""
-    masks = _by_name(state["masks"])
+    masks, begun = _by_name(state["masks"]), _by_name(state["begun"])
     for method, each in zip(methods, state["methods"], strict=True):
         method.load_state_dict(each["state"])
     tensors = [tensor for method in methods for tensor in method.tensors]
     for tensor in tensors:
-        tensor.begun = None
+        late = begun.get(_strip(tensor.name))
+        tensor.begun = None if late is None else unpack_like(late, tensor)
         tensor.mask.copy_(unpack_like(masks[_strip(tensor.name)], tensor))
         tensor.enforce()
     count_active(tensors)
 
 
-def _check_masks(method: Method, state: Mapping[str, Any]) -> dict[str, Tensor]:
+def _check_masks(method: Method, state: Mapping[str, Any], part: str = "masks") -> dict[str, Tensor]:
     """Check the form of a method's saved masks; returns this rank's part of each."""
-    masks, shapes = _by_name(state["masks"]), _by_name(state["shapes"])
+    masks, shapes = _by_name(state[part]), _by_name(state["shapes"])
     found = {}
     for each in method.holdings():
         mask, listed = masks.get(_strip(each.name)), shapes.get(_strip(each.name))

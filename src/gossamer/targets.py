@@ -45,7 +45,8 @@ WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 class ComputedWeight(nn.Module):
     """A parametrization that computes a weight from other numbers, which are trained instead of it.
 
-    A mask cannot be kept in such numbers, which may serve several weights: it acts in the forward pass.
+    A mask cannot be kept in such numbers, which may serve several weights: it acts in the forward pass. It is no
+    buffer, since averages of models take means of those; it moves with the module all the same.
 
     Args:
         shape: The weight's.
@@ -54,12 +55,16 @@ class ComputedWeight(nn.Module):
         mask: int8, in the weight's shape, −1 active and 0 pruned; `None` where every weight is active.
     """
 
-    mask: torch.Tensor | None
-
     def __init__(self, shape: Sequence[int]) -> None:
         super().__init__()
         self.shape = tuple(shape)
-        self.register_buffer("mask", None, persistent=False)
+        self.mask: torch.Tensor | None = None
+
+    def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> ComputedWeight:
+        if self.mask is not None:
+            self.mask = self.mask.to(fn(self.mask[:0]).device)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def compute(self, numbers: torch.Tensor) -> torch.Tensor:
         """The weight, without its mask."""
@@ -248,7 +253,7 @@ def _choose(found: list[tuple[Target, list[nn.Module]]], eligible: set[str], sel
             only_exclusions = False
         elif callable(part) and not isinstance(part, nn.Module | type):
             try:
-                hits = {t.name for t, _ in found if part(t.name, t.places[0][0], t.parameter)}
+                hits = {t.name for t, _ in found if part(t.name, t.places[0][0], _weight(t))}
             except TypeError as error:
                 raise ConfigurationError(
                     f"targets: the predicate {part!r} failed ({error}); it takes a name, a module and a parameter"
@@ -285,6 +290,13 @@ def _check(target: Target) -> None:
             f"{target.name}: is on the meta device and has no values; give the model memory "
             "(`model.to_empty(device=...)`) and initialise it first"
         )
+    if target.computed is not None:
+        owner, attribute = target.places[0]
+        if len(owner.parametrizations[attribute]) > 1 or len(target.places) > 1:  # type: ignore[index]
+            raise ConfigurationError(
+                f"{target.name}: is computed from numbers that other weights share or other parametrizations change; "
+                "masks are for weights computed by one parametrization, from numbers of their own"
+            )
     for owner, attribute in target.places:
         base = attribute.removesuffix("_orig")
         weight_norm = base[-2:] in ("_g", "_v") and {f"{base[:-2]}_g", f"{base[:-2]}_v"} <= owner._parameters.keys()
@@ -304,6 +316,14 @@ def parameter_count(model: nn.Module) -> int:
     """Number of parameters of a model, tied ones once; a `ComputedWeight` counts as the weight that it computes."""
     lazy = nn.UninitializedParameter
     return sum(prod(t.shape) for t, _ in named_weights(model) if not isinstance(t.parameter, lazy))
+
+
+def _weight(target: Target) -> nn.Parameter:
+    """What a predicate is shown of a weight."""
+    if (computed := target.computed) is None:
+        return target.parameter
+    with torch.no_grad():
+        return nn.Parameter(computed(target.parameter), requires_grad=target.parameter.requires_grad)
 
 
 def _computes(parametrizations: nn.Module | None) -> ComputedWeight | None:

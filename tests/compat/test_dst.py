@@ -283,9 +283,12 @@ def test_heuristics_are_those_of_the_pack():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"target_sparsity": 1.0}, r"sparsity: expected a number in \[0, 1\), got 1\.0"),
+        ({"target_sparsity": 1.0}, r"DSModel: target_sparsity: expected a number in \[0, 1\), got 1\.0"),
         ({"target_sparsity": 0.9999}, r"leaves .* active weights"),
-        ({"target_sparsity": 0.5, "target_fraction_to_prune": 0}, r"prune_fraction: expected a number above 0"),
+        (
+            {"target_sparsity": 0.5, "target_fraction_to_prune": 0},
+            r"DSModel: target_fraction_to_prune: expected",
+        ),
         ({"target_sparsity": 0.5, "pruning_threshold": 0}, r"threshold"),
         ({"target_sparsity": 0.5, "heuristic": "papers"}, r"heuristic: got 'papers'.*did you mean 'paper'"),
         ({"target_sparsity": 0.5, "targets": "nothing*"}, r"targets: 'nothing\*' matches no weight"),
@@ -424,6 +427,11 @@ class Own(nn.Module):
         return nn.functional.linear(torch.tanh(nn.functional.linear(x, self.weight())), self.head())
 
 
+def both(weight):
+    rows = dst.StructuredSparseParameter(weight, "row")
+    return [rows, dst.StructuredSparseParameter(rows.dense, "column")]
+
+
 @pytest.mark.parametrize("hashed", [False, True], ids=["dense", "hashed"])
 def test_own_modules_are_sparse_by_their_groupings(hashed):
     own = Own(hashed)
@@ -497,9 +505,25 @@ def test_a_hashed_model_is_saved_and_goes_on_where_it_was():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: dst.StructuredDenseParameter(torch.randn(4)), r"weight: got \(4,\), torch.float32; expected"),
-        (lambda: dst.StructuredDenseParameter(torch.ones(4, 4, dtype=torch.int64)), "torch.int64; expected"),
+        (
+            lambda: dst.StructuredDenseParameter(torch.randn(4)),
+            r"weight: got \(4,\), torch.float32",
+        ),
+        (
+            lambda: dst.StructuredDenseParameter(torch.ones(4, 4, dtype=torch.int64)),
+            "torch.int64, torch.strided, cpu",
+        ),
         (lambda: dst.StructuredSparseParameter([[1.0]]), "weight: got list"),
+        (
+            lambda: dst.StructuredSparseParameter(torch.ones(2, 2).to_sparse()),
+            r"torch\.sparse_coo, cpu",
+        ),
+        (lambda: dst.StructuredSparseParameter(torch.ones(2, 2, device="meta")), "meta; expected"),
+        (lambda: dst.StructuredSparseParameter(torch.ones(2, 0)), r"got \(2, 0\)"),
+        (
+            lambda: gs.DSModel(nn.ModuleList(both(torch.ones(4, 4))), 0.5),
+            r"0\.dense\.weight: is tied, with",
+        ),
         (lambda: dst.HashedParameter(torch.randn(4, 4), 17), "size: expected"),
         (lambda: dst.StructuredSparseParameter(torch.randn(4, 5), "2:4"), "2:4 needs a number of inputs"),
         (lambda: dst.StructuredSparseParameter(torch.randn(4, 5), "iss"), "structure 'iss' is for RNN"),
@@ -521,7 +545,7 @@ def test_a_heuristic_may_be_given_for_once(small):
     small.reparameterize(heuristic=dst.ReallocationHeuristics.within_param)
     assert [row["nonzero"] for row in small.update_stats()] == before
     masks = small.handle.masks()
-    with pytest.raises(gs.ConfigurationError, match="heuristic: got 'papers'"):
+    with pytest.raises(gs.ConfigurationError, match="heuristic: got 'papers'"):  # and nothing was pruned for it
         small.reparameterize("papers")
     assert all(mask.equal(masks[name]) for name, mask in small.handle.masks().items())
 
@@ -532,3 +556,134 @@ def test_tables_can_be_asked_for_their_text(small):
         "model.conv.weight",
         "model.linear.weight",
     ]
+
+
+# -- copies, several models, interrupted steps ----------------------------------------------------------------------
+
+
+def test_two_models_under_one_optimizer_are_refused_before_anything_is_trained():
+    models = [gs.DSModel(Small(), 0.5) for _ in range(2)]
+    optimizer = torch.optim.SGD([p for model in models for p in model.parameters()], lr=0.1)
+    sum(model(batch(0)).square().sum() for model in models).backward()
+    with pytest.raises(gs.OrderError, match="trains weights of 2 handles"):
+        optimizer.step()
+    for model in models:
+        assert_zeros(model)
+
+
+def test_two_optimizers_are_followed_where_the_handle_is_told(small):
+    halves = (small.model.conv.parameters(), [*small.model.linear.parameters(), *small.model.head.parameters()])
+    optimizers = [torch.optim.SGD(half, lr=0.05) for half in halves]
+    small(batch(0)).square().sum().backward()
+    with pytest.raises(gs.OrderError, match=r"model\.handle\.follow"):
+        optimizers[0].step()
+    small.handle.follow(optimizers)
+    for optimizer in optimizers:
+        optimizer.step()
+    assert_zeros(small)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["of the object", "of its model"])
+def test_an_average_gets_the_masks_of_now(small, whole):
+    average = torch.optim.swa_utils.AveragedModel(small if whole else small.model)
+    optimizer = torch.optim.Adam(small.parameters(), lr=0.01)
+    for step in range(4):
+        train(small, optimizer, range(step, step + 1))
+        average.update_parameters(small if whole else small.model)
+    small.project(average)
+    masks = small.handle.masks()
+    averaged = average.module.model if whole else average.module
+    for name, mask in masks.items():
+        assert not averaged.get_parameter(name)[~mask].any()
+    if whole:
+        small.load_state_dict(average.module.state_dict())
+        assert all(mask.equal(masks[name]) for name, mask in small.handle.masks().items())
+    small.handle.project(average)  # finds the names behind what wrappers put before them
+
+
+@pytest.mark.parametrize("targets", ["linear.weight", ["linear.weight"], ("conv.weight", "linear.weight")], ids=str)
+def test_modules_keep_their_structures_where_targets_choose_some(targets):
+    rows = {row["name"]: row for row in gs.DSModel(Small(), 0.3, targets=targets).handle.summary().rows}
+    assert rows["linear.weight"]["structure"] == "element"
+    if "conv.weight" in rows:
+        assert rows["conv.weight"]["structure"] == "row"
+    assert gs.DSModel(Small(), 0.01, targets=nn.Conv2d).handle.summary().rows[0]["structure"] == "row"  # or filter
+
+
+@pytest.mark.parametrize("optimizer_class", [torch.optim.Adam, torch.optim.Adagrad, torch.optim.Rprop])
+def test_an_update_between_loading_and_stepping_survives_another_stop(small, optimizer_class):
+    def reload(model, optimizer):
+        other = gs.DSModel(Small(), target_sparsity=0.5, pruning_threshold=0.05)
+        other_optimizer = optimizer_class(other.parameters(), lr=0.01)
+        other.load_state_dict(copy.deepcopy(model.state_dict()))
+        other_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        return other, other_optimizer
+
+    optimizer = optimizer_class(small.parameters(), lr=0.01)
+    train(small, optimizer, range(4))
+    first = reload(small, optimizer)
+    small.reparameterize()
+    first[0].reparameterize()
+    second = reload(*first)
+    runs = [(small, optimizer), first, second]
+    for run in runs:
+        train(*run, range(4, 6))
+    for one, two, three in zip(*(model.parameters() for model, _ in runs), strict=True):
+        assert one.equal(two)
+        assert one.equal(three)
+
+
+@pytest.mark.parametrize("key", ["sparsity", "budget", "asked", "begun"])
+def test_damaged_state_is_refused_and_changes_nothing(small, key):
+    state = copy.deepcopy(small.state_dict())
+    saved = state["_extra_state"] if key == "begun" else state["_extra_state"]["methods"][0]["state"]
+    if key == "budget":
+        saved[key] = 10**9
+    else:
+        del saved[key]
+    before = small.handle.state_dict()["methods"][0]["state"]
+    with pytest.raises(gs.StateError):
+        small.load_state_dict(state)
+    after = small.handle.state_dict()["methods"][0]["state"]
+    assert before.pop("generator").equal(after.pop("generator"))
+    assert before == after
+
+
+def test_thinning_after_a_pruning_leaves_the_rest_of_the_budget_to_be_filled(small):
+    budget = small.np_nonzero
+    small.prune_by_threshold()
+    pruned = budget - small.np_nonzero
+    assert pruned
+    small.randomly_thin_to_group_sparsity(0.0)
+    small.reallocate_free_parameters()
+    assert small.np_nonzero == budget
+
+
+def test_weights_pruned_in_two_steps_do_not_grow_in_the_next(small):
+    small.prune_or_grow_to_sparsity(0.7)
+    before = small.handle.masks()
+    small.prune_by_threshold()
+    small.handle.methods[0].threshold *= 1.5
+    small.prune_by_threshold()
+    gone = {name: before[name] & ~mask for name, mask in small.handle.masks().items()}
+    assert any(mask.any() for mask in gone.values())
+    small.reallocate_free_parameters()
+    assert not any((gone[name] & mask).any() for name, mask in small.handle.masks().items())
+
+
+def test_masks_go_where_the_model_is_moved_to(small):
+    small.to("meta")
+    assert {mask.device.type for mask in small.handle.masks().values()} == {"meta"}
+
+
+def test_what_cannot_be_asked_of_a_phase_is_named(small):
+    with pytest.raises(gs.ConfigurationError, match="update: phase 'prune' of dst: got an unexpected keyword"):
+        small.handle.update("prune", sparsity=0.5)
+    with pytest.raises(gs.ConfigurationError, match="update: phase 'resize' of dst: missing a required argument"):
+        small.handle.update("resize")
+    given = gs.DSModel(Small(), None, distribution={"*": 0.5}, over="targets")
+    with pytest.raises(gs.ConfigurationError, match="the distribution says how many weights live"):
+        given.prune_or_grow_to_sparsity(0.7)
+    small.model.requires_grad_(False)
+    with pytest.raises(gs.ConfigurationError, match="train the layers that are frozen"):
+        small.prune_or_grow_to_sparsity(0.9)

@@ -6,6 +6,7 @@ Everything here is `gossamer.DSR` (Mostafa & Wang, 2019) under other names. As i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -24,12 +25,19 @@ from gossamer.masks import MaskedTensor
 from gossamer.method import Masks, Proposal, StateOf
 from gossamer.nn import hash_weight
 from gossamer.scores import magnitude
-from gossamer.structure import ByName, Structure, as_structure
-from gossamer.targets import FLOATS, Selection, named_weights, parameter_count
+from gossamer.structure import ByName, Element, Structure, as_structure
+from gossamer.targets import FLOATS, Selection, named_weights, parameter_count, select
 from gossamer.weights.dsr import DSR, HEURISTICS, check_heuristic
 from gossamer.weights.ranking import grow, prune_to
 
 NEVER = 1 << 62  # a period in steps that no training reaches
+
+_ARGUMENTS = {
+    "sparsity": "target_sparsity",
+    "prune_fraction": "target_fraction_to_prune",
+    "threshold": "pruning_threshold",
+}
+"""What the arguments of `gossamer.DSR` are called here."""
 
 
 class ReallocationHeuristics(StrEnum):
@@ -77,8 +85,13 @@ class Reparameterization(DSR):
         finally:
             self.heuristic = usual
 
-    def _resize(self, step: int, state: StateOf, sparsity: float) -> Proposal:
+    def _resize(self, step: int, state: StateOf, sparsity: float | None) -> Proposal:
         self._refuse_cells()
+        if isinstance(self.distribution, Mapping):
+            raise ConfigurationError("sparsity: the distribution says how many weights live; make another DSModel")
+        sparsity = self.sparsity if sparsity is None else sparsity
+        if sparsity is None:
+            raise ConfigurationError("sparsity: this DSModel was made without a target_sparsity; give one")
         alive, trained = self._alive(), self._trained()
         active = self._active(alive)
         wanted = [0 if each else now for now, each in zip(active, trained, strict=True)]
@@ -87,8 +100,9 @@ class Reparameterization(DSR):
         left = self._active_weights(sparsity) - self._weights(wanted)
         if left < sum(sizes):
             raise ConfigurationError(
-                f"sparsity={sparsity} leaves {left} active weights for {len(parts)} trained tensors, which take "
+                f"sparsity={sparsity} leaves {max(0, left)} active weights for {len(parts)} tensors, which take "
                 f"{sum(sizes)} for a group each; choose a lower sparsity"
+                + ("" if all(trained) else ", or train the layers that are frozen and keep their masks")
             )
         most = [self.groups[i].total for i in parts]
         shares = [active[i] * size for i, size in zip(parts, sizes, strict=True)]
@@ -106,8 +120,12 @@ class Reparameterization(DSR):
             max(1, active_weights(sparsity, groups.total)) if trained else groups.total
             for groups, trained in zip(self.groups, self._trained(), strict=True)
         ]
-        counts = [min(now, most) for now, most in zip(self._active(before), kept, strict=True)]
-        return self._refill(self._frozen(before), counts, eligible=before)
+        active = self._active(before)
+        counts = [min(now, most) for now, most in zip(active, kept, strict=True)]
+        budget = self.budget - self._weights(active) + self._weights(counts)
+        proposal = self._refill(self._frozen(before), counts, eligible=before)
+        self.budget = budget  # what was pruned and not yet reallocated is still to grow
+        return proposal
 
     def _shuffle(self, step: int, state: StateOf) -> Proposal:
         before, budget = self._alive(), self.budget
@@ -148,7 +166,7 @@ class Reparameterization(DSR):
     def check_state(self, state: Mapping[str, Any], masks: Mapping[str, Tensor]) -> None:
         """See `Method.check_state`."""
         super().check_state(state, masks)
-        sparsity = state.get("sparsity")
+        sparsity = state.get("sparsity", "nothing")
         if sparsity is not None and (not isinstance(sparsity, float | int) or not 0 <= sparsity < 1):
             raise StateError(f"{self.name}: the saved sparsity is {sparsity!r:.40}; the file is damaged")
 
@@ -176,7 +194,8 @@ class DSModel(nn.Module):
         pruning_threshold: First threshold on the norm of a group, above 0.
         heuristic: Shares of the tensors in what was freed.
         targets: Which weights are sparse, instead; see `gossamer.targets.select`.
-        structure: Which weights live or die together, instead of what the modules say.
+        structure: Which weights live or die together, instead of what the modules say; others than those of this file
+            say single weights.
         distribution: How the budget is split at the start; see `gossamer.distribution.allocate`.
         over: What sparsities are fractions of: `"all"` parameters, as in the pack, or those of the sparse `"targets"`.
         tolerance: Tolerated relative deviation from the number intended to be pruned, in [0, 1).
@@ -215,24 +234,28 @@ class DSModel(nn.Module):
         marked = _marked(model)
         if targets is None:
             targets = list(marked) or list(getattr(model, "SPARSE_TARGETS", ())) or None
-        if structure is None:
-            structure = _together(marked) if marked and targets == list(marked) else "element"
-        method = Reparameterization(
-            target_sparsity,
-            targets=targets,
-            structure=structure,
-            distribution=distribution,
-            over=over,
-            every=NEVER,
-            prune_fraction=target_fraction_to_prune,
-            threshold=pruning_threshold,
-            tolerance=tolerance,
-            gain=gain,
-            heuristic=str(heuristic),
-            p=p,
-            seed=seed,
-        )
-        self.handle = attach(model, method, "auto")
+        try:
+            if structure is None:
+                structure = _together({each.name: marked.get(each.name, Element()) for each in select(model, targets)})
+            method = Reparameterization(
+                target_sparsity,
+                targets=targets,
+                structure=structure,
+                distribution=distribution,
+                over=over,
+                every=NEVER,
+                prune_fraction=target_fraction_to_prune,
+                threshold=pruning_threshold,
+                tolerance=tolerance,
+                gain=gain,
+                heuristic=str(heuristic),
+                p=p,
+                seed=seed,
+            )
+            self.handle = attach(model, method, "auto")
+        except ConfigurationError as error:
+            name, rest = re.fullmatch(r"(?:Reparameterization: )?(\w*)(.*)", str(error), re.DOTALL).groups()  # type: ignore[union-attr]
+            raise ConfigurationError(f"DSModel: {_ARGUMENTS.get(name, name)}{rest}") from None
         self.model = model
         found = {id(tensor.parameter): tensor for tensor in self._method.tensors}
         for module in model.modules():
@@ -281,10 +304,7 @@ class DSModel(nn.Module):
         Args:
             sparsity: Fraction of zeros, as `target_sparsity`; `None` for that.
         """
-        wanted = self.target_sparsity if sparsity is None else sparsity
-        if wanted is None:
-            raise ConfigurationError("sparsity: this DSModel was made without a target_sparsity; give one")
-        self.handle.update("resize", sparsity=wanted)
+        self.handle.update("resize", sparsity=sparsity)
 
     def randomly_thin_to_group_sparsity(self, sparsity: float) -> None:
         """Prune random groups of every tensor until this fraction of them is zero; sparser tensors stay as they are.
@@ -377,7 +397,22 @@ class DSModel(nn.Module):
         """The sparse tensors with their names."""
         return ((f"model.{tensor.name}", tensor.parameter) for tensor in self._method.tensors)
 
-    # -- state -------------------------------------------------------------------------------------------------------
+    # -- copies and state --------------------------------------------------------------------------------------------
+
+    def project(self, copy: nn.Module) -> None:
+        """Write the present masks into a copy such as an EMA or SWA average: of this object, or of its model.
+
+        Args:
+            copy: The copy, or a module around it; a copy of this object then has its masks, threshold and random state.
+
+        Raises:
+            ConfigurationError: It is none.
+        """
+        copies = [each for each in copy.modules() if isinstance(each, DSModel)] if isinstance(copy, nn.Module) else []
+        for each in copies:
+            each.handle.load_state_dict(self.handle.state_dict())
+        if not copies:
+            self.handle.project(copy)
 
     def get_extra_state(self) -> dict[str, Any]:
         """Masks, threshold and random state, as tensors and JSON values."""
@@ -403,10 +438,13 @@ class StructuredDenseParameter(nn.Module):
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
-        if not isinstance(weight, Tensor) or weight.dim() < 2 or weight.dtype not in FLOATS:
-            found = f"{tuple(weight.shape)}, {weight.dtype}" if isinstance(weight, Tensor) else type(weight).__name__
+        plain = isinstance(weight, Tensor) and weight.layout is torch.strided and weight.device.type != "meta"
+        if not plain or weight.dim() < 2 or not weight.numel() or weight.dtype not in FLOATS:
+            found = type(weight).__name__
+            if isinstance(weight, Tensor):
+                found = f"{tuple(weight.shape)}, {weight.dtype}, {weight.layout}, {weight.device}"
             raise ConfigurationError(
-                f"weight: got {found}; expected a tensor of floating-point numbers of two or more dimensions"
+                f"weight: got {found}; expected a dense tensor of floating-point numbers of two or more dimensions"
             )
         self.weight = nn.Parameter(weight.detach().clone())
 
@@ -542,15 +580,14 @@ def _structure_of_one(module: object, structure: str | Structure) -> Structure:
     return as_structure(structure)
 
 
-def _marked(model: nn.Module) -> dict[str, str | Structure]:
+def _marked(model: nn.Module) -> dict[str, Structure]:
     """The sparse weights of the modules of this file, and their structures."""
-    wrapped = (module for module in model.modules() if isinstance(module, StructuredSparseParameter))
-    alone = {module.dense: module.structure for module in wrapped}
-    marked: dict[str, str | Structure] = {}
+    wrapped = [module for module in model.modules() if isinstance(module, StructuredSparseParameter)]
+    marked: dict[str, Structure] = {}
     for target, _ in named_weights(model):
         found = [owner.structure for owner, key in target.places if isinstance(owner, _Sparse) and key in owner.sparse]
-        found += [alone[owner] for owner, _ in target.places if owner in alone]
-        if len({str(each) for each in found}) > 1:
+        found += [each.structure for each in wrapped for owner, _ in target.places if owner is each.dense]
+        if any(each != found[0] for each in found):
             raise ConfigurationError(
                 f"{target.name}: is tied, with structure {' in one module and '.join(map(str, found))} in another; "
                 "give all one structure"
@@ -560,10 +597,11 @@ def _marked(model: nn.Module) -> dict[str, str | Structure]:
     return marked
 
 
-def _together(marked: Mapping[str, str | Structure]) -> str | Structure | Mapping[str, str | Structure]:
+def _together(marked: Mapping[str, Structure]) -> Structure | Mapping[str, str | Structure]:
     """One structure for all where it is one, since N:M is not for some weights only; else by name."""
-    if len({str(each) for each in marked.values()}) == 1:
-        return next(iter(marked.values()))
+    first, *others = marked.values()
+    if all(each == first for each in others):
+        return first
     return {escape(name): each for name, each in marked.items()}
 
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from gossamer.checks import MAX_SEED, check_integer
-from gossamer.errors import ConfigurationError
+from gossamer.checks import MAX_SEED, check_boolean, check_integer
+from gossamer.errors import ConfigurationError, StateError
 from gossamer.targets import FLOATS, ComputedWeight
-
-_CODE = "code"
 
 
 class HashedWeight(ComputedWeight):
@@ -35,17 +32,14 @@ class HashedWeight(ComputedWeight):
         ConfigurationError: A size or seed out of range.
     """
 
-    index: Tensor
-    code: Tensor
-
     def __init__(self, shape: Sequence[int], size: int, seed: int = 0) -> None:
         super().__init__(shape)
         check_integer("size", size, at_least=1, at_most=1 << 30)
         check_integer("seed", seed, at_least=0, at_most=MAX_SEED)
         self.size = size
-        # One look-up gives the sign too: the bank is followed by its negative.
-        self.register_buffer("index", torch.from_numpy(_hash(prod(self.shape), size, seed)), persistent=False)
-        self.register_buffer(_CODE, torch.tensor([seed, size, *self.shape]))
+        self.seed = seed
+        # One look-up gives the sign too: the bank is followed by its negative. No buffer, as the mask is none.
+        self.index = torch.from_numpy(_hash(prod(self.shape), size, seed))
 
     def compute(self, numbers: Tensor) -> Tensor:
         """The weight: `(size,)` → `shape`."""
@@ -68,34 +62,39 @@ class HashedWeight(ComputedWeight):
         sums = weight.new_zeros(self.size).index_add_(0, place, weight.reshape(-1) * signs)
         return sums, torch.bincount(place, minlength=self.size).to(weight.dtype)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        saved = state_dict.get(prefix + _CODE)
-        if isinstance(saved, Tensor) and saved.tolist() != self.code.tolist():
-            name = prefix.replace("parametrizations.", "").removesuffix(".0.")
-            error_msgs.append(
-                f"{name}: saved with the seed, bank and shape {saved.tolist()} of its hashes, this one has "
-                f"{self.code.tolist()}; hash it as it was when it was saved"
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> HashedWeight:
+        place = fn(self.index[:0]).device
+        if self.index.device.type == "meta":
+            self.index = torch.from_numpy(_hash(prod(self.shape), self.size, self.seed))
+        self.index = self.index.to(place)
+        super()._apply(fn, recurse)
+        return self
+
+    def get_extra_state(self) -> Tensor:
+        """Seed, size and shape, by which a bank is read: int64."""
+        return torch.tensor([self.seed, self.size, *self.shape])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Check that a bank which is being loaded belongs to these hashes.
+
+        Raises:
+            StateError: It belongs to others.
+        """
+        here = self.get_extra_state().tolist()
+        saved = state.tolist() if isinstance(state, Tensor) else state
+        if saved != here:
+            raise StateError(
+                f"hashed weight of shape {self.shape}: saved with the seed, size and shape {saved} of its hashes, this "
+                f"one has {here}; hash it as it was when it was saved"
             )
-            return
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
 
 
 def hash_weight(module: nn.Module, name: str, size: int, seed: int = 0, *, fit: bool = False) -> nn.Parameter:
     """Let a bank of `size` numbers compute a weight of a module, in place; the weight keeps its name.
 
-    Before an optimizer is made: what is trained from now on is the bank. Methods of gossamer mask the weight that is
-    computed; `Sparsity.finalize` makes it a plain parameter.
+    Before an optimizer is made and a method attached: what is trained from now on is the bank. Methods of gossamer mask
+    the weight that is computed; `Sparsity.finalize` makes it a plain parameter. A module that was tied to this weight
+    keeps it as it was.
 
     Args:
         module: The module that has the parameter.
@@ -113,7 +112,13 @@ def hash_weight(module: nn.Module, name: str, size: int, seed: int = 0, *, fit: 
     if not isinstance(module, nn.Module):
         raise ConfigurationError(f"module: expected a torch.nn.Module, got {type(module).__name__}")
     kind = type(module).__name__
-    parameter = module._parameters.get(name)
+    if isinstance(name, str) and parametrize.is_parametrized(module, name):
+        found = ", ".join(type(each).__name__ for each in module.parametrizations[name])  # type: ignore[index]
+        raise ConfigurationError(
+            f"{kind}.{name}: is computed by {found} already; take that off first "
+            f"(torch.nn.utils.parametrize.remove_parametrizations(module, {name!r}))"
+        )
+    parameter = module._parameters.get(name) if isinstance(name, str) else None
     if parameter is None:
         raise ConfigurationError(f"{kind} has no parameter {name!r}; it has {', '.join(module._parameters) or 'none'}")
     if isinstance(module, nn.RNNBase):
@@ -125,11 +130,13 @@ def hash_weight(module: nn.Module, name: str, size: int, seed: int = 0, *, fit: 
     if parameter.dtype not in FLOATS:
         raise ConfigurationError(f"{kind}.{name}: has dtype {parameter.dtype}; expected floating-point numbers")
     check_integer("size", size, at_least=1, at_most=parameter.numel())
+    check_boolean("fit", fit)
     weight = parameter.detach().clone()
     hashed = HashedWeight(parameter.shape, size, seed).to(parameter.device)
+    # torch makes the bank out of the parameter itself, which another module may hold.
+    module._parameters[name] = nn.Parameter(weight.clone(), requires_grad=parameter.requires_grad)
     parametrize.register_parametrization(module, name, hashed)
     bank: nn.Parameter = module.parametrizations[name].original  # type: ignore[union-attr, index]
-    bank.requires_grad_(parameter.requires_grad)
     if not fit:
         with torch.no_grad():
             bank.copy_(hashed.fresh(weight))

@@ -159,12 +159,15 @@ class DSR(MaskMethod):
         trained = self._trained()
         # The largest survives even where all are below the threshold: an empty tensor cuts the network in two.
         counts = [min(low, now - 1) if each else 0 for low, now, each in zip(below, active, trained, strict=True)]
-        self._pruned = drop(self.groups, alive, index, norms, counts)
-        self._before = active
+        pruned = drop(self.groups, alive, index, norms, counts)
+        if self._pruned is None:
+            self._pruned, self._before = pruned, active
+        else:  # pruned twice before it is reallocated
+            self._pruned = [torch.cat(parts) for parts in zip(self._pruned, pruned, strict=True)]
         # Where layers are frozen, what the others pruned is held against their part of the intended number.
         part = self._weights([now * each for now, each in zip(active, trained, strict=True)])
-        pruned = self._weights(counts)
-        self._last_pruned = pruned * self._weights(active) // part if part > self._weights(trained) else None
+        gone = self._weights(counts)
+        self._last_pruned = gone * self._weights(active) // part if part > self._weights(trained) else None
         return [now - count for now, count in zip(active, counts, strict=True)]
 
     def _reallocate(self, alive: list[Tensor], active: list[int]) -> list[int]:

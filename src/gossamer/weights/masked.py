@@ -141,7 +141,9 @@ class MaskMethod(Method):
         except (RuntimeError, NotImplementedError) as error:
             raise StateError(f"{self.name}: the saved random state is damaged ({error}); use an earlier file") from None
         budget = state.get("budget")
-        if not isinstance(budget, int) or (self._budget_is_fixed and not self._expects(budget, state)):
+        if type(budget) is not int or not 0 < budget <= self._weights([groups.total for groups in self.groups]):
+            raise StateError(f"{self.name}: the saved budget is {budget!r:.40} active weights; the file is damaged")
+        if self._budget_is_fixed and not self._expects(budget, state):
             raise StateError(
                 f"{self.name}: the saved budget is {budget} active weights, the attached one {self.budget}; attach "
                 "with the sparsity the state was saved with"
