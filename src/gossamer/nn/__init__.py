@@ -1,5 +1,13 @@
 """Modules that methods and users place in a model."""
 
 from gossamer.nn.hashed import HashedWeight, hash_weight
+from gossamer.nn.lossy import LossyHardSparsifier, LossySparsifier, hard_threshold, lossy_threshold
 
-__all__ = ["HashedWeight", "hash_weight"]
+__all__ = [
+    "HashedWeight",
+    "LossyHardSparsifier",
+    "LossySparsifier",
+    "hard_threshold",
+    "hash_weight",
+    "lossy_threshold",
+]
