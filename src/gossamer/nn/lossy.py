@@ -285,13 +285,14 @@ class LossyHardSparsifier(nn.Module):
         dim: The dimension that runs over channels.
 
     Attributes:
-        eps: As of `LossySparsifier`; without `a` it is not trained.
+        eps: As of `LossySparsifier`; without `a` a buffer, and not trained.
 
     Raises:
         ConfigurationError: An argument out of range.
     """
 
     a: Tensor | None
+    eps: Tensor
 
     def __init__(self, eps: float = 0.1, a: float | None = None, *, channels: int | None = None, dim: int = 1) -> None:
         super().__init__()
@@ -300,7 +301,11 @@ class LossyHardSparsifier(nn.Module):
             check_number("a", a, 0, float("inf"), open_high=True)
         if channels is not None:
             check_integer("channels", channels, at_least=1)
-        self.eps = nn.Parameter(torch.full((channels or 1,), float(eps)), requires_grad=a is not None)
+        first = torch.full((channels or 1,), float(eps))
+        if a is None:
+            self.register_buffer("eps", first)
+        else:
+            self.eps = nn.Parameter(first)
         self.dim = dim
         self.register_buffer("a", None if a is None else torch.tensor(float(a)))
 
@@ -308,7 +313,7 @@ class LossyHardSparsifier(nn.Module):
         """The threshold of `x`, of its shape and type; NaN stays."""
         if self.a is not None:
             return lossy_threshold(x, self.eps, self.a, self.dim, hard=True)[0]
-        return hard_threshold(x, self.eps.detach(), self.dim)
+        return hard_threshold(x, self.eps, self.dim)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         _read_scalar(state_dict, f"{prefix}eps")

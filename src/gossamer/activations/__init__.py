@@ -1,0 +1,5 @@
+"""Methods that make activations sparse; each is one file, and composes with any method on weights."""
+
+from gossamer.activations.lossy import LossyThreshold
+
+__all__ = ["LossyThreshold"]

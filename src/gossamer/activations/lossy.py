@@ -1,0 +1,340 @@
+"""Learned lossy thresholds: activations below a threshold that is trained become nearly zero, and zero in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.checks import check_boolean, check_integer, check_number
+from gossamer.errors import ConfigurationError, OrderError
+from gossamer.method import Masks, Method, Proposal
+from gossamer.nn.lossy import LossySparsifier, hard_threshold, lossy_threshold
+from gossamer.penalties import Penalty, as_penalty
+from gossamer.sites import Site, SiteSelection, select_sites
+from gossamer.targets import matches
+
+CHILD = "sparsifier"
+"""The name of the module that is put into each site."""
+
+
+@dataclass(eq=False)
+class LossyThreshold(Method):
+    """A learned threshold after (or before) modules, and a penalty on what passes it.
+
+    A site's output `x` becomes `x·(σ(a(x − e)) + σ(−a(x + e)))`, `e = |eps|`: the threshold `eps` is trained with the
+    weights, without weight decay, and the sharpness `a` may grow while it is. `Sparsity.penalty()` is the term of the
+    loss; `finalize` puts the hard threshold `x·(|x| > e)` in the place of the smoothed one. Each site's module gets a
+    child `sparsifier`, a `gossamer.nn.LossySparsifier`; no other key of the `state_dict` changes.
+
+    Args:
+        strength: The penalty's factor λ, at least 0: one for all sites, or a mapping of globs over their names, of
+            which the first that matches counts.
+        sites: Which modules; see `gossamer.sites.select_sites`.
+        logits: Whether the default, globs and types may choose the last module too.
+        position: `"after"` or `"before"` the modules.
+        eps: First threshold.
+        per_channel: Whether each channel has a threshold of its own.
+        norm: The penalty on what passes the thresholds: `"l0"`, `"l1"`, `"l2"`, `"hoyer"`, or a
+            `gossamer.penalties.Penalty`.
+        normalized: Whether the sum of the penalties is divided by the number of activations of all sites.
+        sharpness: First sharpness `a`, above 0.
+        double_at: Steps after which the sharpness is doubled.
+        final_sharpness: Sharpness at step `until`, which it reaches in a geometric progression, instead.
+        until: See there.
+        max_sharpness: The sharpness stays at most this.
+        hard: Whether values are those of the hard threshold from the start, with the gradients of the smoothed one (a
+            straight-through estimator).
+        lr: Learning rate of the thresholds; `None` for the optimizer's.
+
+    Raises:
+        ConfigurationError: A value out of range, when the method is made.
+    """
+
+    strength: float | Mapping[str, float] = 0.1
+    _: KW_ONLY
+    sites: SiteSelection = None
+    logits: bool = False
+    position: str = "after"
+    eps: float = 0.1
+    per_channel: bool = False
+    norm: str | Penalty = "l0"
+    normalized: bool = True
+    sharpness: float = 1.0
+    double_at: Sequence[int] = ()
+    final_sharpness: float | None = None
+    until: int | None = None
+    max_sharpness: float = float("inf")
+    hard: bool = False
+    lr: float | None = None
+    placed: list[Site] = field(default_factory=list, init=False, repr=False)
+
+    name = "lossy_threshold"
+
+    def __post_init__(self) -> None:
+        strengths = self.strength if isinstance(self.strength, Mapping) else {"": self.strength}
+        for glob, value in strengths.items():
+            check_number(f"strength[{glob!r}]" if glob else "strength", value, 0, float("inf"), open_high=True)
+        if self.position not in ("after", "before"):
+            raise ConfigurationError(f"position: got {self.position!r}; allowed are 'after' and 'before'")
+        for name in ("logits", "per_channel", "normalized", "hard"):
+            check_boolean(name, getattr(self, name))
+        check_number("eps", self.eps, float("-inf"), float("inf"))
+        for name in ("sharpness", "final_sharpness", "max_sharpness", "lr"):
+            value = getattr(self, name)
+            if value is not None:
+                check_number(name, value, 0, float("inf"))
+                if value == 0 and name != "lr":
+                    raise ConfigurationError(f"{name}: expected a number above 0, got 0")
+        for step in self.double_at:
+            check_integer("double_at", step, at_least=0)
+        if (self.final_sharpness is None) != (self.until is None) or (self.double_at and self.until is not None):
+            raise ConfigurationError(
+                f"final_sharpness={self.final_sharpness}, until={self.until}, double_at={list(self.double_at)}: give "
+                "final_sharpness with until, or double_at, or none of them"
+            )
+        if self.until is not None:
+            check_integer("until", self.until, at_least=1)
+        self._penalty = as_penalty(self.norm, "norm")
+
+    # -- life cycle --------------------------------------------------------------------------------------------------
+
+    def bind(self, model: nn.Module, masks: Masks) -> None:
+        """See `Method.bind`."""
+        self.placed = select_sites(model, self.sites, logits=self.logits)
+        for site in self.placed:
+            if CHILD in site.module._modules:
+                raise OrderError(
+                    f"{site.name}: has a threshold already; call finalize() or detach() on the handle that put it there"
+                )
+            if isinstance(site.module, nn.Sequential):
+                raise ConfigurationError(
+                    f"{site.name}: a Sequential would call the threshold as one of its modules; name its last module"
+                )
+        self._channels = [_channels(site, self.position) if self.per_channel else (None, 1) for site in self.placed]
+        self._strengths = [self._strength_of(site) for site in self.placed]
+        self._told = self.sharpness
+
+    def install(self) -> None:
+        """See `Method.install`."""
+        for site, (channels, dim) in zip(self.placed, self._channels, strict=True):
+            sparsifier = PlacedSparsifier(self.eps, self.sharpness, channels=channels, dim=dim)
+            sparsifier.place(site.name, self._penalty, self.hard)
+            reference = next(site.module.parameters(), None)
+            if reference is not None:
+                sparsifier.to(reference.device)
+            site.module.add_module(CHILD, sparsifier)
+            if self.position == "after":
+                site.module.register_forward_hook(_after)
+            else:
+                site.module.register_forward_pre_hook(_before)
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """See `Method.param_groups`."""
+        group: dict[str, Any] = {"params": [each.eps for each in self._sparsifiers()], "weight_decay": 0.0}
+        return [group if self.lr is None else group | {"lr": self.lr}]
+
+    def penalty(self) -> Tensor | None:
+        """See `Method.penalty`: of the forward passes since it was last asked for, or since the last step.
+
+        Raises:
+            ConfigurationError: A site has not run in any forward pass so far.
+        """
+        terms, count = [], 0
+        sparsifiers = self._sparsifiers()
+        for strength, sparsifier in zip(self._strengths, sparsifiers, strict=True):
+            for sums, numel in sparsifier.take():
+                terms.append(strength * self._penalty.value(*sums))
+                count += numel
+        if not terms:
+            return None
+        if idle := [site.name for site, each in zip(self.placed, sparsifiers, strict=True) if not each.has_run]:
+            raise ConfigurationError(
+                f"{idle[0]}: has not run in a forward pass for training, so that nothing is learned there; leave it "
+                f"out with sites=['!{idle[0]}']" + (f" (and {len(idle) - 1} others)" if idle[1:] else "")
+            )
+        return torch.stack(terms).sum() / (count if self.normalized else 1)
+
+    def after_step(self, step: int) -> Proposal | None:
+        """See `Method.after_step`: forgets what was not asked for, and sharpens the thresholds."""
+        sharpness = self._sharpness(step)
+        for sparsifier in self._sparsifiers():
+            sparsifier.take()
+            if sharpness != self._told:
+                sparsifier.a.fill_(sharpness)
+        self._told = sharpness
+        return None
+
+    def detach(self) -> None:
+        """See `Method.detach`: takes the thresholds off."""
+        for site in self.placed:
+            _take_off(site.module)
+
+    def finalize(self) -> None:
+        """See `Method.finalize`: hard thresholds stay, as the children `sparsifier`, each a `LossyHardSparsifier`."""
+        self._last = self.learned()
+        for site, sparsifier in zip(self.placed, self._sparsifiers(), strict=True):
+            site.module._modules[CHILD] = sparsifier.hard()
+
+    # -- what it tells -----------------------------------------------------------------------------------------------
+
+    def learned(self) -> list[dict[str, Any]]:
+        """See `Method.learned`: the threshold of each site, over its channels, and its sharpness.
+
+        `moved` is by how much the hard threshold changes the site's output, `‖hard − smoothed‖ / ‖smoothed‖` over the
+        forward passes in evaluation mode since the last one in training; `None` where there was none.
+        """
+        found = []
+        for site in self.placed:
+            sparsifier = site.module._modules.get(CHILD)
+            if not isinstance(sparsifier, PlacedSparsifier):
+                return getattr(self, "_last", [])
+            e = sparsifier.eps.detach().abs()
+            found.append(
+                {
+                    "site": site.name,
+                    "threshold": float(e.mean()),
+                    "least": float(e.min()),
+                    "most": float(e.max()),
+                    "sharpness": float(sparsifier.a),
+                    "moved": sparsifier.moved(),
+                }
+            )
+        return found
+
+    def config(self) -> dict[str, Any]:
+        """See `Method.config`."""
+        names = [site.name for site in self.placed]
+        return {"sites": names, "position": self.position, "per_channel": self.per_channel}
+
+    def settings(self) -> dict[str, Any]:
+        """See `Method.settings`."""
+        return {
+            "strength": self._strengths,
+            "norm": repr(self._penalty),
+            "normalized": self.normalized,
+            "sharpness": [self.sharpness, self.final_sharpness, self.until, list(self.double_at), self.max_sharpness],
+            "hard": self.hard,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `Method.load_state_dict`: thresholds and sharpness are in the model's own state."""
+        self._told = float("nan")  # whatever the model has now, the next step says it again
+
+    # -- parts -------------------------------------------------------------------------------------------------------
+
+    def _sparsifiers(self) -> list[PlacedSparsifier]:
+        found = [site.module._modules[CHILD] for site in self.placed]
+        assert all(isinstance(each, PlacedSparsifier) for each in found)
+        return found  # type: ignore[return-value]
+
+    def _strength_of(self, site: Site) -> float:
+        if not isinstance(self.strength, Mapping):
+            return self.strength
+        glob = next((glob for glob in self.strength if matches(site.name, glob)), None)
+        if glob is None:
+            raise ConfigurationError(
+                f"strength: no glob of {list(self.strength)} gives {site.name} a factor; add one ('*' matches the rest)"
+            )
+        return self.strength[glob]
+
+    def _sharpness(self, step: int) -> float:
+        """The sharpness after so many completed steps."""
+        if self.final_sharpness is not None and self.until is not None:
+            ratio = self.final_sharpness / self.sharpness
+            value = self.sharpness * ratio ** min(step / self.until, 1.0)
+        else:
+            value = self.sharpness * 2.0 ** sum(step >= at for at in self.double_at)
+        return min(value, self.max_sharpness)
+
+
+class PlacedSparsifier(LossySparsifier):
+    """The threshold of a site: it remembers what a penalty needs of each forward pass."""
+
+    def place(self, site: str, penalty: Penalty, hard: bool) -> None:
+        """Say where it is and what it is for."""
+        self.site = site
+        self.penalty = penalty
+        self.is_hard = hard
+        self.has_run = False
+        self._collected = _Collected()
+        self._moved = _Collected()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The threshold of a site's output, or input."""
+        if not isinstance(x, Tensor):
+            raise ConfigurationError(
+                f"{self.site}: gives a {type(x).__name__}, and a threshold takes one tensor; leave it out with "
+                f"sites=['!{self.site}']"
+            )
+        terms = self.penalty.terms if self.training else ()
+        try:
+            y, sums = lossy_threshold(x, self.eps, self.a, self.dim, hard=self.is_hard, terms=terms, b=self.penalty.b)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{self.site}: {error}; leave it out with sites=['!{self.site}']") from None
+        if self.training:
+            # Where activation checkpointing computes a part again, it does so within the backward pass.
+            if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+                self._collected.append((sums, y.numel()))
+                self.has_run = True
+                self._moved.clear()
+        elif not torch.compiler.is_compiling():
+            with torch.no_grad():
+                change = hard_threshold(x, self.eps, self.dim) - y
+                self._moved.append(torch.stack([change.float().square().sum(), y.detach().float().square().sum()]))
+        return y
+
+    def take(self) -> list[tuple[Tensor, int]]:
+        """Sums and number of activations of the forward passes so far, which are then forgotten."""
+        taken = list(self._collected)
+        self._collected.clear()
+        return taken
+
+    def moved(self) -> float | None:
+        """See `LossyThreshold.learned`."""
+        if not self._moved:
+            return None
+        change, size = map(float, torch.stack(list(self._moved)).sum(0).tolist())
+        return float((change / size) ** 0.5) if size else 0.0
+
+
+class _Collected(list[Any]):
+    """A list that copies and pickles leave behind: it holds tensors of a graph."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Collected:
+        return _Collected()
+
+    def __reduce__(self) -> tuple[type[_Collected], tuple[()]]:
+        return _Collected, ()
+
+
+def _after(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+    return module._modules[CHILD](output)  # type: ignore[misc]
+
+
+def _before(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return module._modules[CHILD](inputs[0]), *inputs[1:]  # type: ignore[misc]
+
+
+def _take_off(module: nn.Module) -> None:
+    module._modules.pop(CHILD, None)
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key in [key for key, hook in hooks.items() if hook in (_after, _before)]:
+            del hooks[key]
+
+
+def _channels(site: Site, position: str) -> tuple[int, int]:
+    """Number of channels of a site, and the dimension that runs over them, counted from the last."""
+    module, side = site.module, "out" if position == "after" else "in"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return getattr(module, f"{side}_channels"), -1 - len(module.kernel_size)
+    features = f"{side}1_features" if isinstance(module, nn.Bilinear) and side == "in" else f"{side}_features"
+    if isinstance(module, nn.Linear | nn.Bilinear):
+        return getattr(module, features), -1
+    raise ConfigurationError(
+        f"{site.name}: is a {type(module).__name__}, whose channels are not known; use per_channel=False, or leave it "
+        f"out with sites=['!{site.name}']"
+    )

@@ -1,0 +1,113 @@
+"""Where activations are worked on: after or before modules, chosen by globs over module names, types or predicates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from gossamer.checks import closest
+from gossamer.errors import ConfigurationError
+from gossamer.targets import matches, plain_name
+
+ModulePredicate = Callable[[str, nn.Module], bool]
+"""Takes a module's name and the module; returns whether it is a site."""
+
+SiteSelection = None | str | type[nn.Module] | ModulePredicate | Sequence["str | type[nn.Module] | ModulePredicate"]
+
+DEFAULT = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.Identity)
+"""The modules whose outputs are sites without being named; `_ConvNd` is every convolution, transposed ones too."""
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A module whose output or input is worked on.
+
+    Attributes:
+        name: Its name in the model, without the parts that wrappers add.
+        module: The module. One that the model calls several times is one site.
+    """
+
+    name: str
+    module: nn.Module
+
+
+def select_sites(model: nn.Module, selection: SiteSelection = None, *, logits: bool = False) -> list[Site]:
+    """Resolve a selection to modules of `model`, in the order of `model.named_modules()`.
+
+    Args:
+        model: The model, before any wrapper.
+        selection: `None` for the default (`DEFAULT`); a glob over module names (`"layer1.*"`; one that starts with `!`
+            excludes); a module type; a predicate; or a sequence of these. Globs choose among the default modules, an
+            exact name or a predicate any module that is called, a type those of that type. Modules within a
+            `torch.nn.MultiheadAttention`, which reads their weights and does not call them, are left out.
+        logits: Whether globs, types and the default may choose the last of the default modules too. It makes the logits
+            of a classifier, which are no activations.
+
+    Raises:
+        ConfigurationError: A part that matches nothing, or nothing is left.
+    """
+    found = {plain_name(name): module for name, module in model.named_modules() if name}
+    silent = [name for name, module in found.items() if isinstance(module, nn.MultiheadAttention)]
+    called = {
+        name: module
+        for name, module in found.items()
+        if not isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict)
+        and not any(name.startswith(f"{each}.") for each in silent)
+    }
+    usual = [name for name, module in called.items() if isinstance(module, DEFAULT)]
+    last = usual[-1:] if not logits else []
+    eligible = [name for name in usual if name not in last]
+    chosen = set(eligible) if selection is None else _choose(called, eligible, last, selection)
+    if not chosen:
+        raise ConfigurationError(
+            f"sites: none in {type(model).__name__} with sites={selection!r}; the default takes convolutions, linear, "
+            "bilinear and identity modules, all but the last, which makes the logits; name others exactly, or give a "
+            "type or a predicate"
+        )
+    return [Site(name, module) for name, module in called.items() if name in chosen]
+
+
+def _choose(
+    called: dict[str, nn.Module], eligible: Sequence[str], last: Sequence[str], selection: SiteSelection
+) -> set[str]:
+    parts = list(selection) if isinstance(selection, Sequence) and not isinstance(selection, str) else [selection]
+    chosen: set[str] = set()
+    excluded: set[str] = set()
+    only_exclusions = bool(parts)
+    for part in parts:
+        excludes = isinstance(part, str) and part.startswith("!")
+        if isinstance(part, str):
+            pattern = part.removeprefix("!")
+            hits = {pattern} if pattern in called else {name for name in eligible if matches(name, pattern)}
+            if not hits:
+                others = [name for name in called if matches(name, pattern)]
+                raise ConfigurationError(
+                    f"sites: {part!r} matches no convolution, linear, bilinear or identity module"
+                    + (
+                        f"; it does match {others[0]} ({type(called[others[0]]).__name__}): name it exactly, or give "
+                        "its type"
+                        if others
+                        else closest(pattern, called)
+                    )
+                )
+        elif isinstance(part, type) and issubclass(part, nn.Module):
+            kind: type[nn.Module] = part
+            hits = {name for name, module in called.items() if isinstance(module, kind) and name not in last}
+            if not hits:
+                raise ConfigurationError(f"sites: the model calls no {part.__name__} before its logits")
+        elif callable(part) and not isinstance(part, nn.Module | type):
+            hits = {name for name, module in called.items() if part(name, module)}
+            if not hits:
+                raise ConfigurationError(f"sites: the predicate {part!r} holds for no module of the model")
+        else:
+            raise ConfigurationError(
+                f"sites: expected globs, module types or predicates, got {part!r} ({type(part).__name__})"
+            )
+        if excludes:
+            excluded |= hits
+        else:
+            chosen |= hits
+            only_exclusions = False
+    return (set(eligible) if only_exclusions else chosen) - excluded
