@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from typer.testing import CliRunner, Result
 from data import pictures
 from gossamer import zoo
 from gossamer.cli import app
-from gossamer.errors import ConfigurationError, DataError
+from gossamer.errors import ConfigurationError, DataError, StateError
 from gossamer.recipe import load_recipe
 from gossamer.training import train
 from gossamer.weights import DSR, RigL
@@ -84,6 +85,27 @@ def test_an_interrupted_run_continues_to_the_bit(root, tmp_path, monkeypatch, na
     assert lines(tmp_path / "whole" / "updates.jsonl")
     for file in ("metrics.jsonl", "updates.jsonl"):
         assert lines(tmp_path / "whole" / file) == lines(tmp_path / "parts" / file)
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_run_goes_on_where_its_folder_was_moved_to_and_with_other_workers(tmp_path, monkeypatch):
+    pictures.write(tmp_path / "first")
+    monkeypatch.chdir(tmp_path)
+    changes = ["model={name: cifar_resnet, depth: 8}", "methods.0.targets=stage*", "methods.0.prune_count=1000"]
+    recipe = load_recipe("i1k_resnet50_dsr", small(Path("first"), *changes))
+    whole = train(recipe, tmp_path / "whole", progress=False)
+    interrupted(monkeypatch, 8, lambda: train(recipe, tmp_path / "parts", progress=False))
+    interrupted_twice = tmp_path / "other"
+    shutil.copytree(tmp_path / "parts", interrupted_twice)
+    (tmp_path / "first").rename(tmp_path / "second")
+    moved = [f"data.root={tmp_path / 'second'}", "data.workers=1"]
+    again = load_recipe("i1k_resnet50_dsr", small(Path("first"), *changes, *moved))
+    parts = train(again, tmp_path / "parts", progress=False, resume=True)
+    assert (parts.test_loss, parts.steps) == (whole.test_loss, whole.steps)
+    picture = next((tmp_path / "second" / "train").glob("*/*"))
+    picture.rename(picture.with_name("renamed.jpg"))
+    with pytest.raises(StateError, match="saved with files and labels="):
+        train(again, interrupted_twice, progress=False, resume=True)
 
 
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")

@@ -302,10 +302,31 @@ def test_element_is_read_and_written():
     assert (Element().size(layout), Element().cell, Element().row_multiple(layout)) == (1, None, 1)
     assert str(as_structure("iss")) == "iss"
     assert as_structure("iss") == ISS()
+    both = ISS({"rnn.0": ["rnn.1.weight_ih"], "rnn.1": ["a.weight", "b.weight"]})
+    assert str(both) == "iss:rnn.0>rnn.1.weight_ih;rnn.1>a.weight,b.weight"
+    assert as_structure(str(both)) == both
 
 
 @pytest.mark.parametrize(
-    "text", ["", "elements", "2:4:8", "2:4 ", "-2:4", "block:4", "block:4x", "block4x1", "4x1", 4, None]
+    "text",
+    [
+        "iss:",
+        "iss:rnn",
+        "iss:rnn>",
+        "iss:>a.weight",
+        "iss:rnn>a>b",
+        "",
+        "elements",
+        "2:4:8",
+        "2:4 ",
+        "-2:4",
+        "block:4",
+        "block:4x",
+        "block4x1",
+        "4x1",
+        4,
+        None,
+    ],
 )
 def test_unknown_structure_lists_what_is_allowed(text):
     with pytest.raises(ConfigurationError, match=r"structure: got .*allowed are 'element', 'N:M' .*'block:RxC'.*'iss'"):

@@ -146,6 +146,7 @@ def test_images_have_no_bits_per_character(tmp_path):
         ("model.symbols=6", r"model.symbols: char_rnn gives \(1, 1, 6\) for 1 stream of tale, which has 5 symbols"),
         ("model.cell=lstmm", "model.cell: .*allowed are lstm, gru, rnn"),
         ("data.augment={flip: true}", "data.augment: .*text has no augmentation; leave it out"),
+        ("channels_last=true", "channels_last: got true, but it is for images; leave it out"),
         ("data.length=0", "data.length: "),
         ("data.length=400", "data.batch_size: .*length=400 .* need 2,400 characters, the text has 1,040"),
         ("data.batch_size=40", "data.batch_size: .*two characters need 80 characters, the text has 60"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import math
 import time
 from dataclasses import asdict
@@ -28,6 +29,9 @@ _Dataset = data.Dataset | data.FolderDataset
 _Split = data.Split | data.FolderSplit | data.TextSplit
 
 
+logger = logging.getLogger(__name__)
+
+
 class Run:
     """What a run trains with. Making it refuses everything that cannot work, before anything is written."""
 
@@ -47,9 +51,13 @@ class Run:
         self.steps_per_epoch = math.ceil(len(self.batches) / recipe.accumulate)
         methods = recipe.build_methods(self.steps_per_epoch * recipe.epochs, self.steps_per_epoch, seed)
 
+        if self.text and recipe.channels_last:
+            raise recipe.error(("channels_last",), "got true, but it is for images; leave it out")
+
         torch.manual_seed(seed)
         self.model = self._build_model(dataset)
         self.sparsity = self._attach(methods)
+        self._warn_of_idle()
         self.sparsity.on_update(self._note_update)
         self.forward: nn.Module = self.accelerator.prepare(self.model)
         if recipe.compile:
@@ -63,6 +71,15 @@ class Run:
         self.sparsity.follow(self.optimizer)
         units = self.steps_per_epoch if recipe.schedule.per == "step" else 1
         self.scheduler = LambdaLR(self.optimizer, lambda count: recipe.schedule.factor(count, units, recipe.epochs))
+
+    def _warn_of_idle(self) -> None:
+        """Warn of methods whose first update would come after the last step."""
+        steps = self.steps_per_epoch * self.recipe.epochs
+        for i, method in enumerate(self.sparsity.methods):
+            periodic = type(method).due is not Method.due
+            if periodic and not any(method.due(step) for step in range(1, steps + 1)):
+                what = f"{method.name} never updates its masks in this run of {steps} steps; give a shorter period"
+                logger.warning("%s", self.recipe.error(("methods", i), what))
 
     def describe(self) -> list[str]:
         """What is trained, on what and how sparse, a line each, for people."""
@@ -114,7 +131,9 @@ class Run:
                 logits, state = self._predict(inputs, state)
                 loss = F.cross_entropy(logits, labels.flatten(), label_smoothing=self.recipe.label_smoothing)
                 self.accelerator.backward((loss + self.sparsity.penalty()) / window)
-            _add(sums, loss.detach() * labels.numel(), logits, labels)
+            with torch.no_grad():
+                plain = F.cross_entropy(logits, labels.flatten()) if self.recipe.label_smoothing else loss.detach()
+            _add(sums, plain * labels.numel(), logits, labels)
             if last:
                 if self.recipe.clip_grad_norm is not None:
                     self.sparsity.clip_grad_norm_(self.recipe.clip_grad_norm)
@@ -160,10 +179,13 @@ class Run:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave, under the same recipe."""
         now = self.recipe.model_dump()
-        if changed := [key for key, value in state["recipe"].items() if now.get(key) != value]:
+        for key in ("root", "workers"):  # where images are and who decodes them changes nothing
+            now["data"][key] = state["recipe"].get("data", {}).get(key)
+        if (changed := _difference(state["recipe"], now)) is not None:
+            key, there, here = changed
             raise StateError(
-                f"{changed[0]}: the checkpoint was made with {state['recipe'][changed[0]]!r}, the recipe now has "
-                f"{now.get(changed[0])!r}; a run continues with the recipe it began with"
+                f"{key}: the checkpoint was made with {there!r}, the recipe now has {here!r}; a run continues with the "
+                "recipe it began with"
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -296,6 +318,18 @@ def _add(sums: Tensor, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
 
 def _named(part: str, means: dict[str, float]) -> dict[str, Any]:
     return {f"{part}_{name}": mean for name, mean in means.items()}
+
+
+def _difference(there: Any, here: Any, key: str = "") -> tuple[str, Any, Any] | None:
+    """The first value in which two nested mappings or lists differ, with its dotted key."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        pairs = [(name, there.get(name), here.get(name)) for name in {**there, **here}]
+    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        pairs = [(i, *each) for i, each in enumerate(zip(there, here, strict=True))]
+    else:
+        return None if there == here else (key, there, here)
+    found = (_difference(old, new, f"{key}.{name}".lstrip(".")) for name, old, new in pairs)
+    return next((each for each in found if each is not None), None)
 
 
 def _accelerator(recipe: Recipe) -> Accelerator:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Iterable, Sequence
 from importlib import resources
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, PrivateAttr, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 from torch import nn, optim
 
 from gossamer.checks import MAX_SEED, closest
@@ -70,6 +71,12 @@ class DataRecipe(Section):
     root: str | None = None
     image_size: _Count | None = None
     workers: _CountOrZero | None = None
+
+    @field_validator("root", mode="after")
+    @classmethod
+    def _from_anywhere(cls, root: str | None) -> str | None:
+        """A run may be continued from another folder."""
+        return None if root is None else os.path.abspath(os.path.expanduser(root))
 
     @model_validator(mode="after")
     def _fits_the_kind_of_data(self) -> DataRecipe:

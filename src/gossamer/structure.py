@@ -345,7 +345,7 @@ class ISS(Structure):
             )
 
     def __str__(self) -> str:
-        return "iss"
+        return "iss" + ":" * bool(self.consumers) + ";".join(f"{k}>{','.join(v)}" for k, v in self.consumers.items())
 
 
 class ByName(Structure):
@@ -401,7 +401,8 @@ def as_structure(structure: str | Structure | Mapping[str, str | Structure]) -> 
 
     `"element"`, `"N:M"` (as `"2:4"`), `"row"` or `"filter"`, `"column"` or `"channel"`, `"kernel"`, `"block:RxC"` (as
     `"block:4x1"`; `":kernel"` appended where whole kernels belong together, `":pad"` where blocks at the edges may be
-    smaller), `"iss"`, products (`"row*block:4x4"`) and sums (`"row+column"`) of these.
+    smaller), `"iss"` (`"iss:rnn>decoder.weight"` with what reads a module's output, several as
+    `"iss:a>b.weight,c.weight;d>e.weight"`), products (`"row*block:4x4"`) and sums (`"row+column"`) of these.
 
     Raises:
         ConfigurationError: Any other value.
@@ -425,6 +426,8 @@ def _named(name: str, text: str) -> Structure:
         return Element()
     if name == "iss":
         return ISS()
+    if found := re.fullmatch(r"iss:([^>;]+>[^>;]+(;[^>;]+>[^>;]+)*)", name):
+        return ISS({module: names.split(",") for module, names in (each.split(">") for each in found[1].split(";"))})
     if name in NAMED:
         return NAMED[name]
     if found := re.fullmatch(r"(\d+):(\d+)", name):
@@ -434,6 +437,7 @@ def _named(name: str, text: str) -> Structure:
         return Block(rows, columns, kernel=found[3] is not None, pad=found[4] is not None)
     raise ConfigurationError(
         f"structure: got {text!r}; allowed are 'element', 'N:M' such as '2:4', {', '.join(map(repr, NAMED))}, "
-        "'block:RxC' such as 'block:4x1' (also 'block:4x1:kernel', 'block:4x1:pad'), 'iss', products such as "
+        "'block:RxC' such as 'block:4x1' (also 'block:4x1:kernel', 'block:4x1:pad'), 'iss' (also "
+        "'iss:rnn>decoder.weight'), products such as "
         "'row*block:8x8' and the sum 'row+column'"
     )

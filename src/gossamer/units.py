@@ -129,7 +129,8 @@ def units(targets: Sequence[Target], structure: ISS) -> list[Units]:
         elif not any(target.name in names for names in consumers.values()):
             raise ConfigurationError(
                 f"{target.name}: structure 'iss' is for RNN, LSTM and GRU, and {module or 'it'} is a "
-                f"{type(owner).__name__}; exclude it with targets=['!{target.name}'], or name it in ISS(consumers=...)"
+                f"{type(owner).__name__}; exclude it with targets=['!{target.name}'], or name what it reads: "
+                f"structure='iss:MODULE>{target.name}'"
             )
     if unknown := next((module for module in consumers if module not in modules), None):
         raise ConfigurationError(

@@ -141,3 +141,17 @@ def test_the_default_size_is_the_one_that_is_documented():
     model = zoo.char_rnn()
     assert isinstance(model.rnn, nn.LSTM)
     assert sum(p.numel() for p in model.parameters()) == 84 * 32 + 512 * (32 + 128 + 2) + 84 * (128 + 1) == 96_468
+
+
+@pytest.mark.parametrize("cells", [False, True], ids=["fused", "cells"])
+def test_hidden_units_leave_the_layers_that_read_them(cells):
+    torch.manual_seed(0)
+    model = zoo.build("char_rnn", symbols=7, hidden=16, layers=2, embedding=5, cells=cells)
+    reads = "rnn.0>rnn.1.weight_ih;rnn.1>decoder.weight" if cells else "rnn>decoder.weight"
+    gs.attach(model, gs.Static(0.5, structure=f"iss:{reads}", targets=["rnn.*", "decoder.weight"]))
+    weights = dict(model.named_parameters())
+    for layer, reader in enumerate(("rnn.1.weight_ih" if cells else "rnn.weight_ih_l1", "decoder.weight")):
+        rows = weights[f"rnn.{layer}.weight_ih" if cells else f"rnn.weight_ih_l{layer}"]
+        dead = ~rows.view(4, 16, -1).any(2).any(0)
+        assert dead.any()
+        assert not weights[reader][:, dead].any()

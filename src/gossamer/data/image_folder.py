@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import os
 from collections.abc import Iterator
@@ -215,7 +216,13 @@ class FilePixels:
 
     def settings(self) -> dict[str, Any]:
         """See `Pixels.settings`."""
-        return {"image_size": self.split.image_size, "augmented": self.split.augmented}
+        digest = hashlib.sha256(b"\0".join(self.split.files.tolist()))
+        digest.update(self.split.labels.numpy().tobytes())
+        return {
+            "image_size": self.split.image_size,
+            "augmented": self.split.augmented,
+            "files and labels": digest.hexdigest(),
+        }
 
 
 class _Files(Dataset[Tensor | str]):
