@@ -2,7 +2,8 @@
 
 from importlib.metadata import version
 
-from gossamer import schedule, scores
+from gossamer import nn, penalties, schedule, scores
+from gossamer.activations import LossyThreshold
 from gossamer.attach import Sparsity, attach
 from gossamer.compat.dst import DSModel
 from gossamer.errors import (
@@ -34,6 +35,7 @@ __all__ = [
     "DataError",
     "Element",
     "GossamerError",
+    "LossyThreshold",
     "MaskUpdate",
     "Method",
     "NonFiniteError",
@@ -46,6 +48,8 @@ __all__ = [
     "Summary",
     "attach",
     "import_torch_masks",
+    "nn",
+    "penalties",
     "prune",
     "schedule",
     "scores",

@@ -239,15 +239,15 @@ class LossyThreshold(Method):
             raise ConfigurationError(
                 f"strength: no glob of {list(self.strength)} gives {site.name} a factor; add one ('*' matches the rest)"
             )
-        return self.strength[glob]
+        return float(self.strength[glob])
 
     def _sharpness(self, step: int) -> float:
         """The sharpness after so many completed steps."""
         if self.final_sharpness is not None and self.until is not None:
             ratio = self.final_sharpness / self.sharpness
-            value = self.sharpness * ratio ** min(step / self.until, 1.0)
+            value = self.sharpness * float(ratio ** min(step / self.until, 1.0))
         else:
-            value = self.sharpness * 2.0 ** sum(step >= at for at in self.double_at)
+            value = self.sharpness * float(2 ** sum(step >= at for at in self.double_at))
         return min(value, self.max_sharpness)
 
 

@@ -169,7 +169,7 @@ class _Work:
             place = self.order.index(dim % x.dim())
             sizes = [x.shape[i] for i in self.order]
             before, after = prod(sizes[:place]), prod(sizes[place + 1 :])
-            self.by_row = after > 1
+            self.by_row = after != 1
             self.shape = [before * self.channels, after] if self.by_row else [before, self.channels]
             e = e.repeat(before).unsqueeze(1) if self.by_row else e
         exponents = self.a * e

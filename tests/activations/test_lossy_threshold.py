@@ -1,0 +1,341 @@
+"""Learned thresholds behind `attach`: where they go, what they learn from, what is left of them."""
+
+from __future__ import annotations
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import gossamer as gs
+from gossamer.penalties import L0, L1, Hoyer, Penalty
+from gossamer.sites import select_sites
+from gossamer.zoo._vision import import_torchvision
+
+SITES = {  # all convolutions and linear layers but the one that makes the logits
+    "alexnet": (7, "features.0", "classifier.4"),
+    "resnet18": (20, "conv1", "layer4.1.conv2"),
+    "resnet34": (36, "conv1", "layer4.2.conv2"),
+    "densenet121": (120, "features.conv0", "features.denseblock4.denselayer16.conv2"),
+    "mobilenet_v2": (52, "features.0.0", "features.18.0"),
+    "mnasnet1_3": (52, "layers.0", "layers.14"),
+    "squeezenet1_0": (25, "features.0", "features.12.expand3x3"),
+}
+
+
+class Net(nn.Module):
+    def __init__(self, inplace: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(2, 4, 3)
+        self.hidden = nn.Linear(16, 12)
+        self.again = nn.Linear(12, 12)
+        self.relu = nn.ReLU(inplace)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.relu(self.conv(x)).flatten(1)
+        x = self.relu(self.hidden(x))
+        return self.head(self.relu(self.again(self.relu(self.again(x)))))
+
+
+class Run:
+    def __init__(self, *methods: gs.Method, net: nn.Module | None = None, optimizer: type = torch.optim.SGD) -> None:
+        self.net = net or Net()
+        self.optimizer = optimizer(self.net.parameters(), lr=0.05)
+        self.sparsity = gs.attach(self.net, list(methods), self.optimizer)
+
+    def train(self, steps: range, forward: nn.Module | None = None) -> Run:
+        for step in steps:
+            loss = (self.net if forward is None else forward)(batch(step)).square().mean() + self.sparsity.penalty()
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return self
+
+
+def batch(step: int) -> torch.Tensor:
+    return torch.randn(6, 2, 4, 4, generator=torch.Generator().manual_seed(step))
+
+
+def soft(x: torch.Tensor, eps: torch.Tensor, a: float) -> torch.Tensor:
+    e = eps.abs()
+    return torch.sigmoid(a * (x - e)) * x + torch.sigmoid(a * (-e - x)) * x
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_sites_of_known_networks_are_all_but_the_logits_and_no_key_changes(name: str) -> None:
+    torchvision = import_torchvision()
+    with torch.device("meta"):
+        net = getattr(torchvision.models, name)(weights=None)
+    count, first, last = SITES[name]
+    sites = [site.name for site in select_sites(net)]
+    assert (len(sites), sites[0], sites[-1]) == (count, first, last)
+    before = list(net.state_dict())
+    gs.attach(net, gs.LossyThreshold(per_channel=True))
+    added = [key for key in net.state_dict() if key not in before]
+    assert [key for key in net.state_dict() if key in before] == before
+    assert added == [f"{site}.sparsifier.{each}" for site in sites for each in ("eps", "a")]
+
+
+@pytest.mark.parametrize("position", ["after", "before"])
+def test_outputs_are_those_of_the_formula_at_every_call(position: str) -> None:
+    net = Net()
+    plain = copy.deepcopy(net)
+    gs.attach(net, gs.LossyThreshold(eps=0.2, sharpness=5.0, position=position))
+    e = torch.tensor(0.2)
+
+    def site(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return soft(layer(x), e, 5.0) if position == "after" else layer(soft(x, e, 5.0))
+
+    x = batch(0)
+    y = torch.relu(site(plain.conv, x)).flatten(1)
+    y = torch.relu(site(plain.hidden, y))
+    y = plain.head(torch.relu(site(plain.again, torch.relu(site(plain.again, y)))))
+    torch.testing.assert_close(net(x), y)
+
+
+@pytest.mark.parametrize("norm", [L0(0.2), L1(), Hoyer()], ids=str)
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize("inplace", [True, False])
+def test_penalty_is_that_of_every_call_whatever_follows_the_site(
+    norm: Penalty, normalized: bool, inplace: bool
+) -> None:
+    net = Net(inplace)
+    run = Run(gs.LossyThreshold({"conv": 0.5, "*": 2.0}, eps=0.2, norm=norm, normalized=normalized), net=net)
+    x = batch(0)
+    net(x)
+    penalty = run.sparsity.penalty()
+    penalty.backward()
+    layers = {name: copy.deepcopy(getattr(net, name)) for name in ("conv", "hidden", "again")}
+    eps = {name: layer.sparsifier.eps.detach().clone().requires_grad_() for name, layer in layers.items()}
+    weights = {name: layer.weight.detach().clone().requires_grad_() for name, layer in layers.items()}
+    first = soft(nn.functional.conv2d(x, weights["conv"], layers["conv"].bias), eps["conv"], 1.0)
+    second = torch.relu(first).flatten(1)
+    second = soft(nn.functional.linear(second, weights["hidden"], layers["hidden"].bias), eps["hidden"], 1.0)
+    third = nn.functional.linear(torch.relu(second), weights["again"], layers["again"].bias)
+    third = soft(third, eps["again"], 1.0)
+    fourth = nn.functional.linear(torch.relu(third), weights["again"], layers["again"].bias)
+    fourth = soft(fourth, eps["again"], 1.0)
+    calls = [(0.5, first), (2.0, second), (2.0, third), (2.0, fourth)]
+    expected = sum(strength * norm(y) for strength, y in calls)
+    if normalized:
+        expected = expected / sum(y.numel() for _, y in calls)
+    torch.testing.assert_close(penalty, expected)
+    expected.backward()
+    for name in layers:
+        torch.testing.assert_close(getattr(net, name).weight.grad, weights[name].grad)
+        torch.testing.assert_close(getattr(net, name).sparsifier.eps.grad, eps[name].grad)
+
+
+def test_penalty_is_of_this_step_and_of_training_only() -> None:
+    run = Run(gs.LossyThreshold(1.0))
+    run.net(batch(0))
+    once = run.sparsity.penalty()
+    run.net(batch(0))
+    assert run.sparsity.penalty() == once
+    assert run.sparsity.penalty() == 0  # asked for already
+    run.net.eval()
+    run.net(batch(0))
+    assert run.sparsity.penalty() == 0
+    run.net.train()
+    run.net(batch(0))  # not asked for: the step forgets it
+    run.train(range(1))
+    run.net(batch(0))
+    assert run.sparsity.penalty() != once
+    for step in (1, 2):  # two parts of one step
+        run.net(batch(step))
+    assert run.sparsity.penalty().isfinite()
+
+
+def test_thresholds_are_trained_without_weight_decay_and_grow_sharper() -> None:
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, weight_decay=10.0)
+    method = gs.LossyThreshold(0.0, eps=1e-3, double_at=[2, 4, 6], max_sharpness=4.0, lr=0.0)
+    sparsity = gs.attach(net, method, optimizer)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [10.0, 0.0]
+    seen = []
+    for step in range(8):
+        (net(batch(step)).square().mean() + sparsity.penalty()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append(float(net.conv.sparsifier.a))
+    assert seen == [1, 2, 2, 4, 4, 4, 4, 4]
+    assert net.conv.sparsifier.eps.tolist() == [pytest.approx(1e-3)]
+
+
+def test_sharpness_may_grow_in_a_geometric_progression() -> None:
+    run = Run(gs.LossyThreshold(sharpness=1.0, final_sharpness=16.0, until=4))
+    seen = []
+    for step in range(6):
+        run.train(range(step, step + 1))
+        seen.append(float(run.net.conv.sparsifier.a))
+    assert seen == [pytest.approx(value) for value in (2, 4, 8, 16, 16, 16)]
+
+
+def test_a_larger_penalty_leaves_fewer_activations() -> None:
+    zeros = {}
+    for strength in (0.0, 5.0):
+        run = Run(gs.LossyThreshold(strength, eps=0.1, norm="l1", sharpness=8.0)).train(range(60))
+        run.net.eval()
+        run.sparsity.finalize()
+        seen = []
+        handle = run.net.hidden.register_forward_hook(lambda m, i, y, seen=seen: seen.append((y == 0).float().mean()))
+        run.net(batch(99))
+        handle.remove()
+        zeros[strength] = float(seen[0])
+    assert zeros[5.0] > zeros[0.0] + 0.1
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_finalized_sites_are_hard_and_plain(per_channel: bool) -> None:
+    run = Run(gs.LossyThreshold(0.5, eps=0.3, per_channel=per_channel)).train(range(5))
+    threshold = run.net.conv.sparsifier.eps.detach().abs().clone()
+    run.net.eval()
+    x = batch(0)
+    run.net(x)
+    rows = run.sparsity.summary().learned
+    run.sparsity.finalize()
+    assert run.sparsity.summary().learned == rows
+    assert [row["site"] for row in rows] == ["conv", "hidden", "again"]
+    assert all(0 < row["moved"] < 1.5 for row in rows)
+    assert len(run.optimizer.param_groups) == 1
+    assert not any("sparsifier" in name for name, _ in run.net.named_parameters())
+    y = nn.functional.conv2d(x, run.net.conv.weight, run.net.conv.bias)
+    e = threshold.view(-1, 1, 1)
+    assert run.net.conv(x).equal(torch.where(y.abs() > e, y, 0))
+    other = Net()
+    gs.attach(other, gs.LossyThreshold(per_channel=per_channel)).finalize()
+    other.load_state_dict(run.net.state_dict())
+    assert other.eval()(x).equal(run.net(x))
+
+
+def test_detached_networks_are_as_they_were() -> None:
+    net = Net()
+    before, keys = net(batch(0)), list(net.state_dict())
+    gs.attach(net, gs.LossyThreshold(eps=0.5)).detach()
+    assert net(batch(0)).equal(before)
+    assert list(net.state_dict()) == keys
+    assert not net.conv._forward_hooks
+
+
+@pytest.mark.parametrize("weights", [None, lambda: gs.DSR(0.7, every=2, threshold=0.05), lambda: gs.RigL(0.7, every=2)])
+def test_stopped_and_resumed_run_is_the_unbroken_one(weights: object) -> None:
+    def make() -> Run:
+        methods = [gs.LossyThreshold(0.5, eps=0.2, double_at=[2, 5])]
+        return Run(*methods, *([] if weights is None else [weights()]), optimizer=torch.optim.Adam)
+
+    unbroken = make().train(range(9))
+    broken = make()
+    for begin in range(0, 9, 3):
+        broken.train(range(begin, begin + 3))
+        file = io.BytesIO()
+        torch.save([part.state_dict() for part in (broken.net, broken.optimizer, broken.sparsity)], file)
+        file.seek(0)
+        broken = make()
+        parts = (broken.net, broken.optimizer, broken.sparsity)
+        for part, state in zip(parts, torch.load(file, weights_only=True), strict=True):
+            part.load_state_dict(state)
+    for (name, one), two in zip(unbroken.net.state_dict().items(), broken.net.state_dict().values(), strict=True):
+        assert one.equal(two), name
+
+
+def test_copies_made_between_forward_and_backward_go_on_alone() -> None:
+    run = Run(gs.LossyThreshold(0.5), gs.SET(0.5, every=2)).train(range(2))
+    loss = run.net(batch(2)).square().mean()
+    other = copy.deepcopy(run)
+    (loss + run.sparsity.penalty()).backward()
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    other.train(range(2, 3))
+    for one, two in zip(run.net.state_dict().values(), other.net.state_dict().values(), strict=True):
+        assert one.equal(two)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_compiled_in_one_graph_with_the_same_penalty() -> None:
+    plain, other = (Run(gs.LossyThreshold(0.5, eps=0.2, double_at=[2])) for _ in range(2))
+    compiled = torch.compile(other.net, fullgraph=True, backend="aot_eager")
+    for step in range(4):
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+            other.train(range(step, step + 1), forward=compiled)
+        plain.train(range(step, step + 1))
+    for one, two in zip(plain.net.state_dict().values(), other.net.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_a_site_counts_once_where_activations_are_computed_again() -> None:
+    class Checkpointed(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return checkpoint(super().forward, x, use_reentrant=False)
+
+    plain, other = Run(gs.LossyThreshold(0.5)), Run(gs.LossyThreshold(0.5), net=Checkpointed())
+    for run in (plain, other):
+        run.train(range(4))
+    for one, two in zip(plain.net.state_dict().values(), other.net.state_dict().values(), strict=True):
+        torch.testing.assert_close(one, two)
+
+
+class Branches(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.idle = nn.Linear(3, 3)
+        self.rnn = nn.LSTM(3, 3)
+        self.tail = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.tail(super().forward(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: gs.LossyThreshold(-1), "strength: expected a number"),
+        (lambda: gs.LossyThreshold({"conv": -1}), r"strength\['conv'\]: expected a number"),
+        (lambda: gs.LossyThreshold({"conv": 1}), r"strength: no glob of \['conv'\] gives hidden a factor"),
+        (lambda: gs.LossyThreshold(norm="l7"), "norm: got 'l7'; allowed are 'l0'"),
+        (lambda: gs.LossyThreshold(position="at"), "position: got 'at'; allowed are 'after' and 'before'"),
+        (lambda: gs.LossyThreshold(sharpness=0), "sharpness: expected a number above 0"),
+        (lambda: gs.LossyThreshold(until=3), "give final_sharpness with until"),
+        (lambda: gs.LossyThreshold(double_at=[1], final_sharpness=2.0, until=4), "give final_sharpness with until"),
+        (lambda: gs.LossyThreshold(sites="con"), "sites: 'con' matches no convolution.*did you mean 'conv'"),
+        (lambda: gs.LossyThreshold(sites="rel*"), r"sites: 'rel\*' matches no .*; it does match relu \(ReLU\)"),
+        (lambda: gs.LossyThreshold(sites=nn.GELU), "sites: the model calls no GELU"),
+        (lambda: gs.LossyThreshold(sites=lambda name, module: False), "sites: the predicate .* holds for no module"),
+        (lambda: gs.LossyThreshold(sites=3), "sites: expected globs, module types or predicates, got 3"),
+        (lambda: gs.LossyThreshold(sites=["relu"], per_channel=True), "relu: is a ReLU, whose channels are not known"),
+    ],
+)
+def test_bad_arguments_are_named_and_change_nothing(make: object, message: str) -> None:
+    net = Net()
+    keys = list(net.state_dict())
+    with pytest.raises(gs.ConfigurationError, match=message):
+        gs.attach(net, make())
+    assert list(net.state_dict()) == keys
+
+
+def test_attaching_twice_is_an_error() -> None:
+    net = Net()
+    gs.attach(net, gs.LossyThreshold())
+    with pytest.raises(gs.OrderError, match="conv: has a threshold already"):
+        gs.attach(net, gs.LossyThreshold())
+
+
+def test_sites_that_cannot_work_are_named_when_they_are_called() -> None:
+    run = Run(gs.LossyThreshold(0.5), net=Branches())
+    with pytest.raises(gs.ConfigurationError, match="idle: has not run in a forward pass for training"):
+        run.train(range(1))
+    net = nn.Sequential(nn.LSTM(3, 3), nn.Identity())
+    gs.attach(net, gs.LossyThreshold(sites=["0"]))
+    with pytest.raises(gs.ConfigurationError, match="0: gives a tuple, and a threshold takes one tensor"):
+        net(torch.randn(2, 1, 3))
+    net = nn.Sequential(nn.Identity(), nn.Identity())
+    gs.attach(net, gs.LossyThreshold())
+    with pytest.raises(gs.ConfigurationError, match=r"0: lossy threshold: got activations of dtype torch\.int64"):
+        net(torch.ones(2, 2, dtype=torch.int64))
+    net = nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2))
+    with pytest.raises(gs.ConfigurationError, match="0: a Sequential would call the threshold"):
+        gs.attach(net, gs.LossyThreshold(sites=["0"]))
