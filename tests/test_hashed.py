@@ -32,7 +32,7 @@ def mix(x: int) -> int:
 
 
 def place_and_sign(i: int, size: int, seed: int) -> tuple[int, int]:
-    hashed = mix(((i + 1) * 0x9E3779B97F4A7C15 + mix(seed)) % 2**64) % (2 * size)
+    hashed = mix(((i + 1) * 0x9E3779B97F4A7C15 + mix(seed)) % 2**64) % 2**63 % (2 * size)
     return hashed % size, 1 if hashed < size else -1
 
 

@@ -2,11 +2,15 @@
 
 from gossamer.nn.hashed import HashedWeight, hash_weight
 from gossamer.nn.lossy import LossyHardSparsifier, LossySparsifier, hard_threshold, lossy_threshold
+from gossamer.nn.masked import SparseActivation, SparseBatchNorm, checkerboard
 
 __all__ = [
     "HashedWeight",
     "LossyHardSparsifier",
     "LossySparsifier",
+    "SparseActivation",
+    "SparseBatchNorm",
+    "checkerboard",
     "hard_threshold",
     "hash_weight",
     "lossy_threshold",

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from math import prod
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from gossamer.checks import MAX_SEED, check_boolean, check_integer
 from gossamer.errors import ConfigurationError, StateError
+from gossamer.splitmix import splitmix
 from gossamer.targets import FLOATS, ComputedWeight
 
 
@@ -39,7 +39,7 @@ class HashedWeight(ComputedWeight):
         self.size = size
         self.seed = seed
         # One look-up gives the sign too: the bank is followed by its negative. No buffer, as the mask is none.
-        self.index = torch.from_numpy(_hash(prod(self.shape), size, seed))
+        self.index = _places(prod(self.shape), size, seed)
 
     def compute(self, numbers: Tensor) -> Tensor:
         """The weight: `(size,)` → `shape`."""
@@ -65,7 +65,7 @@ class HashedWeight(ComputedWeight):
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> HashedWeight:
         place = fn(self.index[:0]).device
         if self.index.device.type == "meta":
-            self.index = torch.from_numpy(_hash(prod(self.shape), self.size, self.seed))
+            self.index = _places(prod(self.shape), self.size, self.seed)
         self.index = self.index.to(place)
         super()._apply(fn, recurse)
         return self
@@ -143,14 +143,6 @@ def hash_weight(module: nn.Module, name: str, size: int, seed: int = 0, *, fit: 
     return bank
 
 
-def _hash(count: int, size: int, seed: int) -> np.ndarray:
-    """Positions in a bank followed by its negative, int32 `(count,)`: splitmix64 (Steele et al., 2014)."""
-    x = (np.arange(count, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
-    x += _mix(np.array([seed], dtype=np.uint64))
-    return (_mix(x) % np.uint64(2 * size)).astype(np.int32)
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.asarray(x ^ (x >> np.uint64(31)))
+def _places(count: int, size: int, seed: int) -> Tensor:
+    """Positions in a bank followed by its negative, int32 `(count,)`."""
+    return (splitmix(torch.arange(count), seed) % (2 * size)).to(torch.int32)

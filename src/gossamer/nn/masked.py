@@ -1,0 +1,175 @@
+"""Binary masks on activations, one for all channels and images: fixed, or drawn anew at every training step."""
+
+from __future__ import annotations
+
+from math import floor
+
+import torch
+from torch import Tensor, nn
+
+from gossamer.checks import MAX_SEED, check_boolean, check_integer, check_number
+from gossamer.errors import ConfigurationError
+from gossamer.splitmix import splitmix
+
+
+def checkerboard(size: tuple[int, int], quarters: int) -> Tensor:
+    """A regular mask that keeps 1, 2 or 3 of the four positions of every 2×2 square: bool `(height, width)`.
+
+    One keeps rows and columns with even numbers, two also those with odd ones, three also even rows with odd columns.
+
+    Raises:
+        ConfigurationError: Another number of quarters.
+    """
+    check_integer("quarters", quarters, at_least=1, at_most=3)
+    mask = torch.zeros(size, dtype=torch.bool)
+    for row, column in ((0, 0), (1, 1), (0, 1))[:quarters]:
+        mask[row::2, column::2] = True
+    return mask
+
+
+class SparseActivation(nn.Module):
+    """Sets the same positions of every channel and image to 0 (Peng et al., 2018, for the regular ones).
+
+    Args:
+        size: Height and width of the activations.
+        mask: Which positions are kept, bool `size`; or
+        quarters: a `checkerboard` of so many quarters; or
+        density: a random mask with exactly `⌊density · height · width⌋` positions, in (0, 1].
+        dynamic: Whether positions are drawn anew at every forward pass in training: as many, at random. Else they stay
+            as they are.
+        dense_inference: Whether evaluation leaves activations dense, scaled by the fraction kept; `None` where masks
+            are dynamic.
+        seed: Of the random positions.
+
+    Attributes:
+        mask: bool `size`, a buffer: the present positions.
+
+    Raises:
+        ConfigurationError: Not exactly one of `mask`, `quarters` and `density`, or a value out of range.
+    """
+
+    mask: Tensor
+    draws: Tensor
+
+    def __init__(
+        self,
+        size: int | tuple[int, int],
+        *,
+        mask: Tensor | None = None,
+        quarters: int | None = None,
+        density: float | None = None,
+        dynamic: bool = False,
+        dense_inference: bool | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        height, width = (size, size) if isinstance(size, int) else size
+        self.size = (height, width)
+        for side in self.size:
+            check_integer("size", side, at_least=1)
+        if sum(each is not None for each in (mask, quarters, density)) != 1:
+            raise ConfigurationError("SparseActivation: give one of mask, quarters and density")
+        check_boolean("dynamic", dynamic)
+        check_integer("seed", seed, at_least=0, at_most=MAX_SEED)
+        self.dynamic = dynamic
+        self.seed = seed
+        self.dense_inference = dynamic if dense_inference is None else dense_inference
+        check_boolean("dense_inference", self.dense_inference)
+        total = self.size[0] * self.size[1]
+        if density is not None:
+            check_number("density", density, 0, 1)
+            self.kept = floor(density * total + 1e-9)
+        elif quarters is not None:
+            mask = checkerboard(self.size, quarters)
+        if mask is not None:
+            if tuple(mask.shape) != self.size or not ((mask == 0) | (mask == 1)).all():
+                raise ConfigurationError(
+                    f"mask: got {tuple(mask.shape)}, {mask.dtype}; expected True and False for {self.size}"
+                )
+            self.kept = int(mask.sum())
+        if not self.kept:
+            raise ConfigurationError(f"SparseActivation: keeps none of {total} positions; give a larger density")
+        self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("mask", self._draw() if mask is None else mask != 0)
+
+    @property
+    def density(self) -> float:
+        """Fraction of positions that are kept."""
+        return self.kept / (self.size[0] * self.size[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(N, C, height, width)` → the same with zeros, or scaled in dense inference; a new tensor."""
+        self.check(x)
+        if self.training and self.dynamic:
+            self.redraw()
+        if not self.training and self.dense_inference:
+            return x * self.density
+        return torch.where(self.mask, x, torch.zeros_like(x))
+
+    @torch.no_grad()
+    def redraw(self) -> None:
+        """Choose other positions, as many, at random."""
+        self.draws.add_(1)
+        self.mask.copy_(self._draw())
+
+    def check(self, x: Tensor) -> None:
+        """Raise a ConfigurationError where activations have another height or width."""
+        if tuple(x.shape[-2:]) != self.size:
+            raise ConfigurationError(
+                f"SparseActivation: is for activations of {self.size[0]}×{self.size[1]}, got shape {tuple(x.shape)}"
+            )
+
+    def positions(self) -> Tensor:
+        """The kept positions of a flattened image, int64 `(kept,)`, in order."""
+        return self.mask.flatten().to(torch.int8).argsort(descending=True, stable=True)[: self.kept]
+
+    def _draw(self) -> Tensor:
+        """Positions that follow from the seed and the number of draws, alike on every device and compiled as well."""
+        total = self.size[0] * self.size[1]
+        keys = splitmix(torch.arange(total, device=self.draws.device), splitmix(self.draws, self.seed))
+        ranks = keys.argsort().argsort()
+        return (ranks < self.kept).view(self.size)
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        return f"{self.size[0]}×{self.size[1]}, density={self.density:.4g}" + ", dynamic" * self.dynamic
+
+
+class SparseBatchNorm(nn.BatchNorm2d):
+    """Batch normalisation of the positions that a `SparseActivation` keeps, with zeros elsewhere.
+
+    Mean and variance are those of the kept positions alone, and so are the running ones. Where every position is kept
+    it is `torch.nn.BatchNorm2d`. In dense inference the output is that of every position, scaled by the fraction kept.
+
+    Args:
+        num_features: Channels.
+        activation: The mask; its random draws happen here.
+        eps, momentum, affine, track_running_stats: As of `torch.nn.BatchNorm2d`.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        activation: SparseActivation,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(N, C, height, width)` → the same; a new tensor."""
+        activation = self.activation
+        activation.check(x)
+        if self.training and activation.dynamic:
+            activation.redraw()
+        if not self.training and activation.dense_inference:
+            return super().forward(x) * activation.density
+        if activation.kept == activation.mask.numel():
+            return super().forward(x)
+        # The kept positions as one long dimension: the statistics of batch norm are then those of them alone.
+        index = activation.positions()
+        kept = super().forward(x.flatten(2)[:, :, index].unsqueeze(2)).squeeze(2)
+        return torch.zeros_like(x, dtype=kept.dtype).flatten(2).index_copy(2, index, kept).view(x.shape)
