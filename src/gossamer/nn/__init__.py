@@ -2,7 +2,7 @@
 
 from gossamer.nn.hashed import HashedWeight, hash_weight
 from gossamer.nn.lossy import LossyHardSparsifier, LossySparsifier, hard_threshold, lossy_threshold
-from gossamer.nn.masked import SparseActivation, SparseBatchNorm, checkerboard
+from gossamer.nn.masked import SparseActivation, SparseBatchNorm, SparseSyncBatchNorm, checkerboard
 
 __all__ = [
     "HashedWeight",
@@ -10,6 +10,7 @@ __all__ = [
     "LossySparsifier",
     "SparseActivation",
     "SparseBatchNorm",
+    "SparseSyncBatchNorm",
     "checkerboard",
     "hard_threshold",
     "hash_weight",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import floor
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -135,7 +136,34 @@ class SparseActivation(nn.Module):
         return f"{self.size[0]}×{self.size[1]}, density={self.density:.4g}" + ", dynamic" * self.dynamic
 
 
-class SparseBatchNorm(nn.BatchNorm2d):
+class _OfKept:
+    """What the two batch norms below share."""
+
+    activation: SparseActivation
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(N, C, height, width)` → the same; a new tensor.
+
+        Raises:
+            ConfigurationError: Another height or width than the mask's.
+        """
+        activation = self.activation
+        activation.check(x)
+        training: bool = self.training  # type: ignore[attr-defined]
+        if training and activation.dynamic:
+            activation.redraw()
+        normalize = super().forward  # type: ignore[misc]
+        if not training and activation.dense_inference:
+            return normalize(x) * activation.density  # type: ignore[no-any-return]
+        if activation.kept == activation.mask.numel():
+            return normalize(x)  # type: ignore[no-any-return]
+        # The kept positions as one long dimension: the statistics of batch norm are then those of them alone.
+        index = activation.positions()
+        kept = normalize(x.flatten(2)[:, :, index].unsqueeze(2)).squeeze(2)
+        return x.new_zeros((*x.shape[:2], x[0, 0].numel()), dtype=kept.dtype).index_copy(2, index, kept).view(x.shape)
+
+
+class SparseBatchNorm(_OfKept, nn.BatchNorm2d):
     """Batch normalisation of the positions that a `SparseActivation` keeps, with zeros elsewhere.
 
     Mean and variance are those of the kept positions alone, and so are the running ones. Where every position is kept
@@ -143,33 +171,27 @@ class SparseBatchNorm(nn.BatchNorm2d):
 
     Args:
         num_features: Channels.
-        activation: The mask; its random draws happen here.
-        eps, momentum, affine, track_running_stats: As of `torch.nn.BatchNorm2d`.
+        activation: The mask; where it is dynamic it is drawn anew by each forward pass in training.
+        options: Those of `torch.nn.BatchNorm2d`.
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        activation: SparseActivation,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-    ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats)
+    def __init__(self, num_features: int, activation: SparseActivation, **options: Any) -> None:
+        super().__init__(num_features, **options)
         self.activation = activation
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`(N, C, height, width)` → the same; a new tensor."""
-        activation = self.activation
-        activation.check(x)
-        if self.training and activation.dynamic:
-            activation.redraw()
-        if not self.training and activation.dense_inference:
-            return super().forward(x) * activation.density
-        if activation.kept == activation.mask.numel():
-            return super().forward(x)
-        # The kept positions as one long dimension: the statistics of batch norm are then those of them alone.
-        index = activation.positions()
-        kept = super().forward(x.flatten(2)[:, :, index].unsqueeze(2)).squeeze(2)
-        return torch.zeros_like(x, dtype=kept.dtype).flatten(2).index_copy(2, index, kept).view(x.shape)
+    def synchronized(self, process_group: Any = None) -> SparseSyncBatchNorm:
+        """One with the same parameters and statistics that takes those of all processes together in training."""
+        options = {key: getattr(self, key) for key in ("eps", "momentum", "affine", "track_running_stats")}
+        result = SparseSyncBatchNorm(self.num_features, self.activation, process_group=process_group, **options)
+        if self.weight is not None:
+            result.to(self.weight.device)
+        result.load_state_dict(self.state_dict())
+        return result.train(self.training)
+
+
+class SparseSyncBatchNorm(_OfKept, nn.SyncBatchNorm):
+    """`SparseBatchNorm` over all processes; as `torch.nn.SyncBatchNorm` it needs a GPU in training."""
+
+    def __init__(self, num_features: int, activation: SparseActivation, **options: Any) -> None:
+        super().__init__(num_features, **options)
+        self.activation = activation

@@ -1,0 +1,192 @@
+"""Masks on activations, and batch norm of what they keep: against loops over positions, and torch's own modules."""
+
+from __future__ import annotations
+
+import copy
+from math import floor
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import gossamer as gs
+from gossamer.nn import SparseActivation, SparseBatchNorm, checkerboard
+
+
+@pytest.mark.parametrize(
+    ("quarters", "expected"),
+    [(1, ["1010", "0000", "1010"]), (2, ["1010", "0101", "1010"]), (3, ["1111", "0101", "1111"])],
+)
+def test_checkerboards_keep_so_many_quarters(quarters: int, expected: list[str]) -> None:
+    mask = checkerboard((3, 4), quarters)
+    assert ["".join("01"[int(kept)] for kept in row) for row in mask] == expected
+    assert checkerboard((8, 8), quarters).sum() == 16 * quarters
+
+
+@settings(max_examples=40, deadline=None)
+@given(height=st.integers(1, 9), width=st.integers(1, 9), density=st.floats(0.05, 1.0), seed=st.integers(0, 2**63 - 1))
+def test_random_masks_keep_exactly_so_many_and_others_at_each_draw(
+    height: int, width: int, density: float, seed: int
+) -> None:
+    wanted = floor(density * height * width + 1e-9)
+    if not wanted:
+        with pytest.raises(gs.ConfigurationError, match="keeps none of"):
+            SparseActivation((height, width), density=density, seed=seed)
+        return
+    layer = SparseActivation((height, width), density=density, dynamic=True, seed=seed)
+    x = torch.ones(2, 3, height, width)
+    seen = set()
+    for _ in range(6):
+        y = layer(x)
+        assert y[0, 0].sum() == wanted
+        assert y.equal(y[:1, :1].expand_as(y))
+        seen.add(tuple(y[0, 0].flatten().tolist()))
+    if 8 < wanted < height * width - 8:
+        assert len(seen) == 6
+
+
+def test_every_position_is_kept_as_often_as_any_other() -> None:
+    layer = SparseActivation((4, 5), density=0.3, dynamic=True)
+    counts = sum(layer(torch.ones(1, 1, 4, 5)) for _ in range(4000))
+    assert (counts / 4000 - 0.3).abs().max() < 0.03  # four standard deviations
+
+
+def test_static_masks_stay_and_evaluation_is_masked_or_dense() -> None:
+    x = torch.randn(2, 3, 4, 4)
+    layer = SparseActivation(4, density=0.5)
+    assert layer(x).equal(layer(x))
+    assert layer.eval()(x).equal(torch.where(layer.mask, x, 0))
+    dense = SparseActivation(4, density=0.5, dense_inference=True)
+    assert dense.eval()(x).equal(x * 0.5)
+    dynamic = SparseActivation(4, density=0.5, dynamic=True)
+    before = dynamic.mask.clone()
+    assert dynamic.eval()(x).equal(x * 0.5)
+    assert dynamic.mask.equal(before)
+    masked = SparseActivation(4, density=0.5, dynamic=True, dense_inference=False).eval()
+    assert masked(x).equal(torch.where(masked.mask, x, 0))
+
+
+def test_zeros_are_exact_whatever_was_there() -> None:
+    x = torch.full((1, 1, 2, 2), torch.nan)
+    layer = SparseActivation(2, mask=torch.tensor([[True, False], [False, False]]))
+    y = layer(x)
+    assert y[0, 0, 0, 0].isnan()
+    assert not y.flatten()[1:].any()
+    assert not torch.signbit(layer(torch.full((1, 1, 2, 2), -1.0)).flatten()[1:]).any()
+
+
+def test_draws_go_on_after_saving_and_copying_and_leave_the_global_generator_alone() -> None:
+    state = torch.get_rng_state()
+    layer = SparseActivation((6, 6), density=0.4, dynamic=True, seed=5)
+    x = torch.ones(1, 1, 6, 6)
+    for _ in range(3):
+        layer(x)
+    other, third = SparseActivation((6, 6), density=0.4, dynamic=True, seed=5), copy.deepcopy(layer)
+    other.load_state_dict(layer.state_dict())
+    for _ in range(3):
+        y = layer(x)
+        assert y.equal(other(x))
+        assert y.equal(third(x))
+    assert torch.get_rng_state().equal(state)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_dynamic_masks_compile_in_one_graph_and_change() -> None:
+    plain, other = (SparseActivation((5, 5), density=0.4, dynamic=True) for _ in range(2))
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    for step in range(4):
+        x = torch.randn(2, 3, 5, 5)
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+            assert compiled(x).equal(plain(x))
+
+
+def by_hand(
+    x: torch.Tensor, mask: torch.Tensor, norm: SparseBatchNorm
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output, mean and unbiased variance of each channel, from the kept positions one by one."""
+    y = torch.zeros_like(x)
+    means, variances = [], []
+    for channel in range(x.shape[1]):
+        values = [x[n, channel, i, j] for n in range(len(x)) for i, j in mask.nonzero().tolist()]
+        kept = torch.stack(values)
+        mean, variance = kept.mean(), kept.var(unbiased=False)
+        means.append(mean)
+        variances.append(kept.var())
+        for n in range(len(x)):
+            for i, j in mask.nonzero().tolist():
+                scaled = (x[n, channel, i, j] - mean) / (variance + norm.eps).sqrt()
+                y[n, channel, i, j] = scaled * norm.weight[channel] + norm.bias[channel]
+    return y, torch.stack(means), torch.stack(variances)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_batch_norm_is_of_the_kept_positions(dynamic: bool) -> None:
+    torch.manual_seed(0)
+    norm = SparseBatchNorm(3, SparseActivation((4, 5), density=0.4, dynamic=dynamic), momentum=0.3).double()
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    before = x.clone()
+    y = norm(x)
+    expected, mean, variance = by_hand(x, norm.activation.mask, norm)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(norm.running_mean, 0.3 * mean)
+    torch.testing.assert_close(norm.running_var, 0.7 + 0.3 * variance)
+    assert x.equal(before)
+    norm.eval()
+    dense = nn.functional.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    wanted = dense * 0.4 if dynamic else torch.where(norm.activation.mask, dense, 0)
+    torch.testing.assert_close(norm(x), wanted)
+
+
+def test_gradients_of_batch_norm_are_right_and_dropped_positions_have_none() -> None:
+    torch.manual_seed(0)
+    norm = SparseBatchNorm(2, SparseActivation(3, density=0.5)).double()
+    x = torch.randn(2, 2, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(norm, (x,))
+    norm(x).square().sum().backward()
+    assert not x.grad[:, :, ~norm.activation.mask].any()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"affine": False}, {"track_running_stats": False}, {"momentum": None}], ids=str
+)
+def test_a_full_mask_is_torch_batch_norm_to_the_bit(options: dict[str, object]) -> None:
+    norm, plain = SparseBatchNorm(3, SparseActivation(4, density=1.0), **options), nn.BatchNorm2d(3, **options)
+    for step in range(3):
+        x = torch.randn(5, 3, 4, 4)
+        assert norm(x).equal(plain(x))
+        if step == 1:
+            norm.eval()
+            plain.eval()
+    for name, value in plain.state_dict().items():
+        assert norm.state_dict()[name].equal(value)
+
+
+def test_the_synchronised_one_has_the_same_values() -> None:
+    norm = SparseBatchNorm(3, SparseActivation(4, density=0.5))
+    norm(torch.randn(5, 3, 4, 4))
+    x = torch.randn(2, 3, 4, 4)
+    assert norm.eval()(x).equal(norm.synchronized()(x))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: SparseActivation(4), "give one of mask, quarters and density"),
+        (lambda: SparseActivation(4, quarters=2, density=0.5), "give one of mask, quarters and density"),
+        (lambda: SparseActivation(4, quarters=4), "quarters: expected an integer of at least 1 and at most 3, got 4"),
+        (lambda: SparseActivation(4, density=1.5), "density: expected a number"),
+        (lambda: SparseActivation(4, density=0.0), "keeps none of 16 positions"),
+        (lambda: SparseActivation(0, density=0.5), "size: expected"),
+        (lambda: SparseActivation(4, mask=torch.ones(3, 4)), r"mask: got \(3, 4\), torch.float32; .* for \(4, 4\)"),
+        (lambda: SparseActivation(2, mask=torch.full((2, 2), 0.5)), "expected True and False"),
+        (lambda: SparseActivation(4, density=0.5)(torch.ones(1, 1, 4, 5)), r"4×4, got shape \(1, 1, 4, 5\)"),
+        (lambda: SparseBatchNorm(1, SparseActivation(4, density=0.5))(torch.ones(1, 1, 5, 5)), "4×4, got shape"),
+    ],
+)
+def test_bad_arguments_are_named(call: object, message: str) -> None:
+    with pytest.raises(gs.ConfigurationError, match=message):
+        call()
