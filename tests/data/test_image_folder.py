@@ -192,6 +192,32 @@ def test_a_file_that_cannot_be_decoded_is_named(tmp_path, root, damage, said, wo
     assert "\n" not in message
 
 
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("name", "kind", "mode"),
+    [
+        ("deep.png", np.uint16, "I;16"),
+        ("deep.tif", ">u2", "I;16B"),
+        ("deep.tiff", np.int32, "I"),
+        ("float.tif", np.float32, "F"),
+    ],
+)
+def test_a_file_of_more_than_8_bits_a_channel_is_refused_and_not_clipped(tmp_path, root, name, kind, mode, workers):
+    for part in ("train", "val"):
+        shutil.copytree(root / "val", tmp_path / part)
+    file = tmp_path / "train" / "n03" / name
+    Image.fromarray(np.full((30, 40), 300, kind)).save(file)
+    with Image.open(file) as image:
+        assert image.mode == mode
+    with pytest.raises(DataError) as caught:
+        list(load(tmp_path, workers=workers).train.batches(4))
+    assert str(caught.value) == (
+        f"{file}: has pixels of mode {mode}, which 8 bits a channel cannot hold; convert it to 8 bits a channel, or "
+        "remove it before a new run"
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -196,7 +196,7 @@ class FilePixels:
         """See `Pixels.give`.
 
         Raises:
-            DataError: A file that is gone or cannot be decoded.
+            DataError: A file that is gone, cannot be decoded, or has more than 8 bits a channel.
         """
         seeds = torch.zeros_like(order) if draws is None else draws
         batches = DataLoader(
@@ -234,13 +234,14 @@ class _Files(Dataset[Tensor | str]):
             else [v2.Resize(round(size * _MARGIN)), v2.CenterCrop(size)]
         )
         self.transform = v2.Compose([*cut, v2.PILToTensor()])
-        self.read = _torchvision("datasets.folder").default_loader
 
     def __getitem__(self, request: tuple[int, int]) -> Tensor | str:
         index, seed = request
         path = self.split.place / os.fsdecode(self.split.files[index])
         try:
-            image = self.read(str(path))
+            image = _read(path)
+        except DataError as error:
+            return str(error)
         except Exception as error:  # a damaged file ends in many kinds of error
             why = reason(error).partition(" <")[0]  # Pillow names the stream, which tells nobody anything
             return f"{path}: cannot be decoded as an image: {why}; repair it, or remove it before a new run"
@@ -249,6 +250,21 @@ class _Files(Dataset[Tensor | str]):
             torch.default_generator.manual_seed(seed)
             pixels: Tensor = self.transform(image)
         return pixels
+
+
+def _read(path: Path) -> Any:
+    """Decode a file as Pillow's RGB image.
+
+    Raises:
+        DataError: Pixels of more than 8 bits a channel, which Pillow would clip to white or black.
+    """
+    with path.open("rb") as stream, importlib.import_module("PIL.Image").open(stream) as image:
+        if image.mode == "F" or image.mode.startswith("I"):
+            raise DataError(
+                f"{path}: has pixels of mode {image.mode}, which 8 bits a channel cannot hold; convert it to 8 bits a "
+                "channel, or remove it before a new run"
+            )
+        return image.convert("RGB")
 
 
 def _stack(images: list[Tensor | str]) -> Tensor | str:
