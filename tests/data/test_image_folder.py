@@ -2,7 +2,10 @@
 
 import importlib.util
 import shutil
+import signal
+import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -216,6 +219,54 @@ def test_a_file_of_more_than_8_bits_a_channel_is_refused_and_not_clipped(tmp_pat
         f"{file}: has pixels of mode {mode}, which 8 bits a channel cannot hold; convert it to 8 bits a channel, or "
         "remove it before a new run"
     )
+
+
+@pytest.mark.parametrize(
+    ("moment", "given"), [("os.register_at_fork(before=interrupt)", 0), ("DataLoaderIter.__del__ = interrupt", 4)]
+)
+def test_an_interrupt_while_workers_start_or_end_is_not_lost(root, moment, given):
+    # In a process of its own, since a handler cannot be taken out of Python's list again.
+    script = f"""
+import os, signal
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter as DataLoaderIter
+from gossamer import data
+
+def interrupt(*arguments):
+    os.kill(os.getpid(), signal.SIGINT)
+
+{moment}
+signal.signal(signal.SIGINT, signal.default_int_handler)
+batches = data.load_image_folder({str(root)!r}, image_size=16, workers=2).test.batches(4)
+try:
+    list(batches)
+except KeyboardInterrupt:
+    print("interrupted after", batches.position)
+print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+"""
+    command = [sys.executable, "-W", "ignore:.*use of fork:DeprecationWarning", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr, done.returncode) == (f"interrupted after {given}\nTrue\n", "", 0)
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("usual", [signal.SIG_IGN, signal.SIG_DFL, lambda number, frame: None])
+def test_the_handler_of_interrupts_is_put_back_once_workers_have_started(root, usual, workers):
+    before = signal.signal(signal.SIGINT, usual)
+    try:
+        for _ in load(root, workers=workers).test.batches(8):
+            assert signal.getsignal(signal.SIGINT) is usual
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_workers_start_outside_the_main_thread_as_well(root):
+    given = []
+    thread = threading.Thread(target=lambda: given.extend(load(root, workers=1).test.batches(8)))
+    thread.start()
+    thread.join()
+    assert same(given, list(load(root).test.batches(8)))
 
 
 @pytest.mark.parametrize(

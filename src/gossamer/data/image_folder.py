@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -208,14 +212,52 @@ class FilePixels:
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # else it would draw from the global one, which weights and dropout come from
         )
-        for images in batches:
-            if isinstance(images, str):
-                raise DataError(images)
-            yield images.to(self.device, non_blocking=True)
+        decoded: Iterator[Tensor | str] = iter(())
+        try:
+            with _interrupts_held():
+                decoded = iter(batches)  # starts the workers
+            for images in decoded:
+                if isinstance(images, str):
+                    raise DataError(images)
+                yield images.to(self.device, non_blocking=True)
+        finally:
+            with _interrupts_held():
+                del decoded  # ends them, now and not when a traceback that refers to it is forgotten
 
     def settings(self) -> dict[str, Any]:
         """See `Pixels.settings`."""
         return {"image_size": self.split.image_size, "augmented": self.split.augmented}
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Let an interrupt (Ctrl-C) wait until the end of the block.
+
+    Starting a process runs Python's at-fork handlers, and torch ends its workers in a `__del__`; what is raised in one
+    of those is printed and forgotten, a `KeyboardInterrupt` as well.
+    """
+    usual = signal.getsignal(signal.SIGINT)
+    # Handlers run in the main thread and only it may change them. One that is not callable ignores the signal, ends the
+    # process, or is not Python's to put back.
+    if not callable(usual) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    process, held = os.getpid(), False
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        nonlocal held
+        if os.getpid() == process:
+            held = True
+        else:  # a worker, which has this handler from the process that started it
+            usual(number, frame)
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+        if held:
+            signal.raise_signal(signal.SIGINT)
 
 
 class _Files(Dataset[Tensor | str]):
