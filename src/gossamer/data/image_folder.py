@@ -174,8 +174,8 @@ def _scan(place: Path, image_size: int, workers: int | None) -> tuple[list[str],
     """The names of the classes in a folder, and its images."""
     if not place.is_dir():
         raise DataError(
-            f"{place}: no such folder; {_LAYOUT} in {place.parent}: give another as root (in a recipe data.root), or "
-            f"set DATAPATH to the folder that holds {IMAGE_FOLDER}/"
+            f"{place}: no such folder; {_LAYOUT} in {place.parent}: give another as root (data.root in a recipe, or in "
+            f"the recipe.yaml of a run that goes on), or set DATAPATH to the folder that holds {IMAGE_FOLDER}/"
         )
     try:
         found = _torchvision("datasets").ImageFolder(place)
