@@ -362,3 +362,15 @@ def test_modules_made_without_memory_have_their_hashes_afterwards() -> None:
     layer.to("meta")
     layer.to_empty(device="cpu")
     assert layer.parametrizations.weight[0].index.equal(index)
+
+
+def test_a_masked_module_goes_to_memory_that_it_did_not_have() -> None:
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    sparsity = gs.attach(net, gs.Static(0.5))
+    masks = sparsity.masks()
+    net.to("meta").to_empty(device="cpu")
+    net.requires_grad_(True)
+    sparsity.follow(torch.optim.SGD(net.parameters(), lr=0.1))
+    assert not net.hidden.weight[~masks["hidden.weight"]].any()
+    del optimizer

@@ -102,10 +102,13 @@ def test_a_run_goes_on_where_its_folder_was_moved_to_and_with_other_workers(tmp_
     again = load_recipe("i1k_resnet50_dsr", small(Path("first"), *changes, *moved))
     parts = train(again, tmp_path / "parts", progress=False, resume=True)
     assert (parts.test_loss, parts.steps) == (whole.test_loss, whole.steps)
-    picture = next((tmp_path / "second" / "train").glob("*/*"))
-    picture.rename(picture.with_name("renamed.jpg"))
-    with pytest.raises(StateError, match="saved with files and labels="):
-        train(again, interrupted_twice, progress=False, resume=True)
+    for part in ("val", "train"):
+        picture = next((tmp_path / "second" / part).glob("*/*"))
+        picture.rename(picture.with_name("renamed.jpg"))
+        said = "test data: files and labels is " if part == "val" else "saved with files and labels="
+        with pytest.raises(StateError, match=said):
+            train(again, interrupted_twice, progress=False, resume=True)
+        picture.with_name("renamed.jpg").rename(picture)
 
 
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")

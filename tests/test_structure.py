@@ -305,6 +305,8 @@ def test_element_is_read_and_written():
     both = ISS({"rnn.0": ["rnn.1.weight_ih"], "rnn.1": ["a.weight", "b.weight"]})
     assert str(both) == "iss:rnn.0>rnn.1.weight_ih;rnn.1>a.weight,b.weight"
     assert as_structure(str(both)) == both
+    assert as_structure("iss:rnn>a.weight;rnn>b.weight") == ISS({"rnn": ["a.weight", "b.weight"]})
+    assert str(ISS({"rnn": []})) == "iss"
 
 
 @pytest.mark.parametrize(
@@ -315,6 +317,8 @@ def test_element_is_read_and_written():
         "iss:rnn>",
         "iss:>a.weight",
         "iss:rnn>a>b",
+        "iss: rnn > a",
+        "iss:rnn>a,,b",
         "",
         "elements",
         "2:4:8",

@@ -403,10 +403,22 @@ class Sparsity:
 
 
 def _prefix(names: Sequence[str], found: Collection[str]) -> str:
-    """What a module around a copy puts before its names; "" where it is not to be told."""
+    """What a module around a copy puts before its names; "" where it is not to be told.
+
+    Raises:
+        ConfigurationError: It holds several networks with these names.
+    """
     ends = [name.removesuffix(names[0]) for name in found if name.endswith(names[0])] if names else []
     whole = [end for end in ends if not end or end.endswith(".")]
-    return next((end for end in sorted(whole, key=len) if all(end + name in found for name in names)), "")
+    fitting = [end for end in whole if all(end + name in found for name in names)]
+    if "" in fitting or not fitting:
+        return ""
+    if len(fitting) > 1:
+        raise ConfigurationError(
+            f"project: the copy holds {len(fitting)} networks with these parameters, as {fitting[0][:-1]!r} and "
+            f"{fitting[1][:-1]!r}; give the one that is meant, such as copy.get_submodule({fitting[0][:-1]!r})"
+        )
+    return fitting[0]
 
 
 def _check_masks(masks: object) -> None:

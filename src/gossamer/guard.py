@@ -174,8 +174,9 @@ def _refuse_unfollowed(optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs
                 followed = ", ".join(type(each).__name__ for each in keeper.optimizers)
                 raise OrderError(
                     f"{name}: has a mask, and sparsity.follow was called with {followed}, not with the "
-                    f"{type(optimizer).__name__} that steps now; call sparsity.follow with that one instead "
-                    "(an optimizer that wraps another cannot be followed)"
+                    f"{type(optimizer).__name__} that steps now; call sparsity.follow (of a DSModel: "
+                    "model.handle.follow) with that one instead, or with a list of both (an optimizer that wraps "
+                    "another cannot be followed)"
                 )
             raise OrderError(f"{name}: has a mask, but no sparsity.follow(optimizer) was called; {ORDER}")
     if isinstance(optimizer.defaults, FollowedDefaults) and not following:

@@ -172,9 +172,15 @@ class Run:
             "sparsity": self.sparsity.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "batches": self.batches.state_dict(),
+            "evaluated_on": self._evaluated_on(),
             "random": torch.get_rng_state(),
             "device_random": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         }
+
+    def _evaluated_on(self) -> dict[str, Any]:
+        """What validation and test data are, so that others are noticed."""
+        loaders = {"validation": self.validation, "test": self.test}
+        return {name: each.state_dict()["settings"] for name, each in loaders.items() if each is not None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what `state_dict` gave, under the same recipe."""
@@ -186,6 +192,11 @@ class Run:
             raise StateError(
                 f"{key}: the checkpoint was made with {there!r}, the recipe now has {here!r}; a run continues with the "
                 "recipe it began with"
+            )
+        if (other := _difference(state["evaluated_on"], self._evaluated_on())) is not None:
+            raise StateError(
+                f"data: {other[0].replace('.', ' data: ')} is {other[2]!r}, and was {other[1]!r} when the run was "
+                "stopped; a run continues with the data it began with"
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -345,7 +345,8 @@ class ISS(Structure):
             )
 
     def __str__(self) -> str:
-        return "iss" + ":" * bool(self.consumers) + ";".join(f"{k}>{','.join(v)}" for k, v in self.consumers.items())
+        named = ";".join(f"{module}>{','.join(names)}" for module, names in self.consumers.items() if names)
+        return f"iss:{named}" if named else "iss"
 
 
 class ByName(Structure):
@@ -426,8 +427,11 @@ def _named(name: str, text: str) -> Structure:
         return Element()
     if name == "iss":
         return ISS()
-    if found := re.fullmatch(r"iss:([^>;]+>[^>;]+(;[^>;]+>[^>;]+)*)", name):
-        return ISS({module: names.split(",") for module, names in (each.split(">") for each in found[1].split(";"))})
+    if re.fullmatch(r"iss:{0}>{0}(,{0})*(;{0}>{0}(,{0})*)*".format(r"[^>;,\s]+"), name):
+        consumers: dict[str, list[str]] = {}
+        for module, names in (each.split(">") for each in name.removeprefix("iss:").split(";")):
+            consumers.setdefault(module, []).extend(names.split(","))
+        return ISS(consumers)
     if name in NAMED:
         return NAMED[name]
     if found := re.fullmatch(r"(\d+):(\d+)", name):

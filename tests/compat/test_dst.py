@@ -687,3 +687,99 @@ def test_what_cannot_be_asked_of_a_phase_is_named(small):
     small.model.requires_grad_(False)
     with pytest.raises(gs.ConfigurationError, match="train the layers that are frozen"):
         small.prune_or_grow_to_sparsity(0.9)
+
+
+def test_a_wrapper_around_two_networks_is_refused_and_the_one_that_is_meant_is_taken():
+    class Twin(nn.Module):
+        def __init__(self, make):
+            super().__init__()
+            self.first, self.second = make(), make()
+
+    twin = Twin(lambda: gs.DSModel(Small(), 0.5))
+    average = torch.optim.swa_utils.AveragedModel(twin)
+    before = copy.deepcopy(average.state_dict())
+    with pytest.raises(gs.ConfigurationError, match="the copy holds 2 DSModels; give the one that is meant"):
+        twin.first.project(average)
+    plain = Twin(Small)
+    sparsity = gs.attach(plain.first, gs.Static(0.5))
+    with pytest.raises(gs.ConfigurationError, match=r"holds 2 networks with these parameters, as 'module\.first' and"):
+        sparsity.project(torch.optim.swa_utils.AveragedModel(plain))
+    for name, value in average.state_dict().items():
+        if isinstance(value, torch.Tensor):
+            assert value.equal(before[name])
+    twin.first.shuffle_structure()
+    twin.first.project(average.module.first)
+    for name, mask in twin.first.handle.masks().items():
+        assert not average.module.first.model.get_parameter(name)[~mask].any()
+    with pytest.raises(gs.ConfigurationError, match="project: the copy is not one of this DSModel"):
+        twin.first.project(gs.DSModel(nn.Linear(3, 3), 0.5))
+
+
+@pytest.mark.parametrize("change", ["resize", "thin"])
+def test_what_is_to_be_pruned_follows_the_budget(change):
+    def make(sparsity):
+        torch.manual_seed(0)
+        return gs.DSModel(nn.Sequential(nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 100)), sparsity, over="targets")
+
+    model = make(0.5)
+    model.prune_or_grow_to_sparsity(0.992) if change == "resize" else model.randomly_thin_to_group_sparsity(0.992)
+    assert model.handle.methods[0].intended == make(0.992).handle.methods[0].intended
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for step in range(30):
+        model(torch.randn(8, 100, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.reparameterize()
+    assert model.pruning_threshold < 10
+    assert model.np_nonzero == 160
+    other = make(0.5)
+    other.load_state_dict(model.state_dict())
+    assert other.handle.methods[0].intended == model.handle.methods[0].intended
+
+
+@pytest.mark.parametrize("structure", ["element", "2:4"])
+def test_layers_frozen_after_a_pruning_keep_their_masks(structure):
+    layers = nn.Sequential(nn.Linear(20, 40), nn.ReLU(), nn.Linear(40, 16))
+    sparsity = None if structure == "2:4" else 0.5
+    model = gs.DSModel(layers, sparsity, pruning_threshold=0.2, structure=structure, over="targets")
+    budget = model.np_nonzero
+    model.prune_by_threshold()
+    model.model[0].requires_grad_(False)
+    before = model.handle.masks()["0.weight"]
+    model.reallocate_free_parameters()
+    assert model.handle.masks()["0.weight"].equal(before)
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+    model.model[0].requires_grad_(True)
+    model.reparameterize()
+    assert model.np_nonzero == budget
+
+
+def test_a_budget_that_does_not_fit_is_told_as_it_was_asked_for(small):
+    small.prune_or_grow_to_sparsity(0.6)
+    # 976 parameters, 40 of them dense: 488 − 40 and 390 − 40
+    with pytest.raises(gs.StateError, match="the saved budget is 448 active weights, the attached one 350; attach"):
+        gs.DSModel(Small(), 0.6).load_state_dict(small.state_dict())
+
+
+def test_names_of_layers_are_not_taken_for_arguments():
+    layers = nn.ModuleDict({"threshold": nn.Linear(4, 4)}).requires_grad_(False)
+    with pytest.raises(gs.ConfigurationError, match=r"DSModel: threshold\.weight: is frozen"):
+        gs.DSModel(layers, 0.5)
+
+
+def test_n_of_m_beside_another_structure_is_refused_by_the_weight():
+    layers = nn.Sequential(dst.DSLinear(8, 8, structure="2:4"), dst.DSLinear(8, 8, structure="row"))
+    with pytest.raises(gs.ConfigurationError, match=r"DSModel: 0\.weight: has structure 2:4, and other weights"):
+        gs.DSModel(layers, None)
+
+
+@pytest.mark.parametrize("hashed", [False, True], ids=["dense", "hashed"])
+def test_masks_of_parameters_in_an_average_are_those_of_now(hashed):
+    own = Own(hashed)
+    model = gs.DSModel(own, 0.5, over="targets")
+    average = torch.optim.swa_utils.AveragedModel(own)
+    model.prune_or_grow_to_sparsity(0.7)
+    model.project(average)
+    assert average.module.weight.mask.equal(own.weight.mask)
+    assert average.module.weight.sparsity == own.weight.sparsity
+    assert not average.module.weight()[~own.weight.mask].any()

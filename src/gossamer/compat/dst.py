@@ -111,6 +111,7 @@ class Reparameterization(DSR):
         prune_to(self.groups, alive, wanted, magnitude, state, self.p)
         proposal = self._refill(alive, wanted)
         self.sparsity = sparsity
+        self.intended = self._aim(self.budget)
         return proposal
 
     def _thin(self, step: int, state: StateOf, sparsity: float) -> Proposal:
@@ -125,6 +126,7 @@ class Reparameterization(DSR):
         budget = self.budget - self._weights(active) + self._weights(counts)
         proposal = self._refill(self._frozen(before), counts, eligible=before)
         self.budget = budget  # what was pruned and not yet reallocated is still to grow
+        self.intended = self._aim(budget)
         return proposal
 
     def _shuffle(self, step: int, state: StateOf) -> Proposal:
@@ -174,9 +176,10 @@ class Reparameterization(DSR):
         """See `Method.load_state_dict`."""
         super().load_state_dict(state)
         self.sparsity = state["sparsity"]
+        self.intended = self._aim(self.budget)
 
-    def _expects(self, budget: int, state: Mapping[str, Any]) -> bool:
-        return state.get("asked") == self._asked
+    def _asked_for(self, budget: int, state: Mapping[str, Any]) -> tuple[Any, int]:
+        return state.get("asked"), self._asked
 
 
 class DSModel(nn.Module):
@@ -255,7 +258,8 @@ class DSModel(nn.Module):
             self.handle = attach(model, method, "auto")
         except ConfigurationError as error:
             name, rest = re.fullmatch(r"(?:Reparameterization: )?(\w*)(.*)", str(error), re.DOTALL).groups()  # type: ignore[union-attr]
-            raise ConfigurationError(f"DSModel: {_ARGUMENTS.get(name, name)}{rest}") from None
+            argument = name if rest.startswith(".") else _ARGUMENTS.get(name, name)  # a layer may have such a name
+            raise ConfigurationError(f"DSModel: {argument}{rest}") from None
         self.model = model
         found = {id(tensor.parameter): tensor for tensor in self._method.tensors}
         for module in model.modules():
@@ -406,13 +410,25 @@ class DSModel(nn.Module):
             copy: The copy, or a module around it; a copy of this object then has its masks, threshold and random state.
 
         Raises:
-            ConfigurationError: It is none.
+            ConfigurationError: It is none, or holds several.
         """
         copies = [each for each in copy.modules() if isinstance(each, DSModel)] if isinstance(copy, nn.Module) else []
-        for each in copies:
-            each.handle.load_state_dict(self.handle.state_dict())
-        if not copies:
-            self.handle.project(copy)
+        if len(copies) > 1:
+            raise ConfigurationError(
+                f"project: the copy holds {len(copies)} DSModels; give the one that is meant, such as copy.module.first"
+            )
+        if copies:
+            try:
+                copies[0].handle.load_state_dict(self.handle.state_dict())
+            except StateError as error:
+                raise ConfigurationError(f"project: the copy is not one of this DSModel: {error}") from None
+            return
+        self.handle.project(copy)
+        tensors = {tensor.name: tensor for tensor in self._method.tensors}
+        for module in copy.modules():
+            if isinstance(module, StructuredSparseParameter) and module.tensor is not None:
+                module.tensor.mask = tensors[module.tensor.name].mask.to(module.tensor.mask.device, copy=True)
+                module.tensor.active = tensors[module.tensor.name].active
 
     def get_extra_state(self) -> dict[str, Any]:
         """Masks, threshold and random state, as tensors and JSON values."""
@@ -602,6 +618,11 @@ def _together(marked: Mapping[str, Structure]) -> Structure | Mapping[str, str |
     first, *others = marked.values()
     if all(each == first for each in others):
         return first
+    if celled := next((name for name, each in marked.items() if each.cell is not None), None):
+        raise ConfigurationError(
+            f"{celled}: has structure {marked[celled]}, and other weights of the model another; N:M, whose number of "
+            "active weights is no choice, is for all weights of a DSModel or for none"
+        )
     return {escape(name): each for name, each in marked.items()}
 
 

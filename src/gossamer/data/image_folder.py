@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
+import signal
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -170,8 +174,8 @@ def _scan(place: Path, image_size: int, workers: int | None) -> tuple[list[str],
     """The names of the classes in a folder, and its images."""
     if not place.is_dir():
         raise DataError(
-            f"{place}: no such folder; {_LAYOUT} in {place.parent}: give another as root (in a recipe data.root), or "
-            f"set DATAPATH to the folder that holds {IMAGE_FOLDER}/"
+            f"{place}: no such folder; {_LAYOUT} in {place.parent}: give another as root (data.root in a recipe, or in "
+            f"the recipe.yaml of a run that goes on), or set DATAPATH to the folder that holds {IMAGE_FOLDER}/"
         )
     try:
         found = _torchvision("datasets").ImageFolder(place)
@@ -197,7 +201,7 @@ class FilePixels:
         """See `Pixels.give`.
 
         Raises:
-            DataError: A file that is gone or cannot be decoded.
+            DataError: A file that is gone, cannot be decoded, or has more than 8 bits a channel.
         """
         seeds = torch.zeros_like(order) if draws is None else draws
         batches = DataLoader(
@@ -209,10 +213,17 @@ class FilePixels:
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # else it would draw from the global one, which weights and dropout come from
         )
-        for images in batches:
-            if isinstance(images, str):
-                raise DataError(images)
-            yield images.to(self.device, non_blocking=True)
+        decoded: Iterator[Tensor | str] = iter(())
+        try:
+            with _interrupts_held():
+                decoded = iter(batches)  # starts the workers
+            for images in decoded:
+                if isinstance(images, str):
+                    raise DataError(images)
+                yield images.to(self.device, non_blocking=True)
+        finally:
+            with _interrupts_held():
+                del decoded  # ends them, now and not when a traceback that refers to it is forgotten
 
     def settings(self) -> dict[str, Any]:
         """See `Pixels.settings`."""
@@ -223,6 +234,37 @@ class FilePixels:
             "augmented": self.split.augmented,
             "files and labels": digest.hexdigest(),
         }
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Let an interrupt (Ctrl-C) wait until the end of the block.
+
+    Starting a process runs Python's at-fork handlers, and torch ends its workers in a `__del__`; what is raised in one
+    of those is printed and forgotten, a `KeyboardInterrupt` as well.
+    """
+    usual = signal.getsignal(signal.SIGINT)
+    # Handlers run in the main thread and only it may change them. One that is not callable ignores the signal, ends the
+    # process, or is not Python's to put back.
+    if not callable(usual) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    process, held = os.getpid(), False
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        nonlocal held
+        if os.getpid() == process:
+            held = True
+        else:  # a worker, which has this handler from the process that started it
+            usual(number, frame)
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+        if held:
+            signal.raise_signal(signal.SIGINT)
 
 
 class _Files(Dataset[Tensor | str]):
@@ -241,13 +283,14 @@ class _Files(Dataset[Tensor | str]):
             else [v2.Resize(round(size * _MARGIN)), v2.CenterCrop(size)]
         )
         self.transform = v2.Compose([*cut, v2.PILToTensor()])
-        self.read = _torchvision("datasets.folder").default_loader
 
     def __getitem__(self, request: tuple[int, int]) -> Tensor | str:
         index, seed = request
         path = self.split.place / os.fsdecode(self.split.files[index])
         try:
-            image = self.read(str(path))
+            image = _read(path)
+        except DataError as error:
+            return str(error)
         except Exception as error:  # a damaged file ends in many kinds of error
             why = reason(error).partition(" <")[0]  # Pillow names the stream, which tells nobody anything
             return f"{path}: cannot be decoded as an image: {why}; repair it, or remove it before a new run"
@@ -256,6 +299,21 @@ class _Files(Dataset[Tensor | str]):
             torch.default_generator.manual_seed(seed)
             pixels: Tensor = self.transform(image)
         return pixels
+
+
+def _read(path: Path) -> Any:
+    """Decode a file as Pillow's RGB image.
+
+    Raises:
+        DataError: Pixels of more than 8 bits a channel, which Pillow would clip to white or black.
+    """
+    with path.open("rb") as stream, importlib.import_module("PIL.Image").open(stream) as image:
+        if image.mode == "F" or image.mode.startswith("I"):
+            raise DataError(
+                f"{path}: has pixels of mode {image.mode}, which 8 bits a channel cannot hold; convert it to 8 bits a "
+                "channel, or remove it before a new run"
+            )
+        return image.convert("RGB")
 
 
 def _stack(images: list[Tensor | str]) -> Tensor | str:

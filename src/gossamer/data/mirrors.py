@@ -61,7 +61,8 @@ def _from_archive(address: str, remaining: list[File], place: Path) -> None:
                 install(content, file, place)
                 remaining.remove(file)
     if remaining:
-        raise DataError(f"the archive does not hold {', '.join(file.name for file in remaining)}")
+        others = f" and {len(remaining) - 1} more" if len(remaining) > 1 else ""
+        raise DataError(f"the archive does not hold {remaining[0].name}{others}")
 
 
 @contextmanager

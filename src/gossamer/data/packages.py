@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import base64
 import gzip
 import http.client
 import json
@@ -23,7 +24,7 @@ from collections.abc import Callable
 from html import unescape
 from io import BytesIO
 from pathlib import Path
-from urllib.parse import urljoin
+from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
 
 import numpy as np
 from rich.console import Console
@@ -141,13 +142,20 @@ def _pypi(package: str, temporary: Path) -> Path:
     if not any(before == "." for before, _ in found):
         indexes.insert(0, PYPI)
     problems = []
-    for index in indexes:
-        page = f"{index.rstrip('/')}/{name}/"
+    for number, index in enumerate(indexes, 1):
         try:
-            with urllib.request.urlopen(page, timeout=PAGE_TIMEOUT) as response:
+            page, opener = _without_credentials(f"{index.rstrip('/')}/{name}/")
+        except ValueError:  # its message would tell the password
+            problems.append(
+                f"index {number} of `pip config list` has an address that cannot be read; percent-encode the special "
+                "characters of its user and password"
+            )
+            continue
+        try:
+            with opener.open(page, timeout=PAGE_TIMEOUT) as response:
                 links = map(unescape, re.findall(r"""href=["']([^"'#]*)""", response.read().decode()))
             archive = next(link for link in links if link.rpartition("/")[2] == f"{name}-{version}.tar.gz")
-            with urllib.request.urlopen(urljoin(page, archive), timeout=PAGE_TIMEOUT) as response:
+            with opener.open(urljoin(page, archive), timeout=PAGE_TIMEOUT) as response:
                 (temporary / "package.tar.gz").write_bytes(response.read())
         except StopIteration:
             problems.append(f"{page}: has no {name}-{version}.tar.gz")
@@ -156,6 +164,39 @@ def _pypi(package: str, temporary: Path) -> Path:
         else:
             return temporary / "package.tar.gz"
     raise DataError("; ".join(problems))
+
+
+def _without_credentials(address: str) -> tuple[str, urllib.request.OpenerDirector]:
+    """Take user and password out of an address; return it, and an opener that gives them to its server.
+
+    Raises:
+        ValueError: The address has no valid host or port.
+    """
+    parts = urlsplit(address)
+    user, _, host = parts.netloc.rpartition("@")
+    parts = parts._replace(netloc=host)
+    _ = parts.port  # refuses a port that is none
+    return urlunsplit(parts), urllib.request.build_opener(_Credentials(parts.scheme, host, user))
+
+
+class _Credentials(urllib.request.BaseHandler):
+    """Authorises requests to one server, redirected ones as well, and none to another that it points to."""
+
+    def __init__(self, scheme: str, host: str, user: str) -> None:
+        name, _, password = user.partition(":")
+        self.server = (scheme, host)
+        self.basic = base64.b64encode(f"{unquote(name)}:{unquote(password)}".encode()).decode() if user else None
+
+    def http_request(self, request: urllib.request.Request) -> urllib.request.Request:
+        """Called by urllib before every HTTP request."""
+        # A link or redirect may have credentials too; urllib would take them for a port, and an error would show them.
+        request.host = request.host.rpartition("@")[2]
+        if self.basic is not None and (request.type, request.host) == self.server:
+            # urllib copies other headers into requests that it is redirected to, whatever the server.
+            request.add_unredirected_header("Authorization", f"Basic {self.basic}")
+        return request
+
+    https_request = http_request
 
 
 def _apt(package: str, temporary: Path) -> Path:
@@ -190,7 +231,8 @@ def _run(command: list[str], cwd: Path) -> str:
         raise DataError(f"`{' '.join(command)}` did not end within {TIMEOUT:g} s") from error
     if result.returncode:
         lines = (result.stderr or result.stdout).strip().splitlines()
-        raise DataError(f"`{' '.join(command)}` failed: {' '.join(lines[-3:])}")
+        said = re.sub(r"//[^\s/]*@", "//", " ".join(lines[-3:]))  # addresses may have credentials
+        raise DataError(f"`{' '.join(command)}` failed: {said}")
     return result.stdout
 
 

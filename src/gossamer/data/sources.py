@@ -13,6 +13,9 @@ from gossamer.errors import DataError
 
 logger = logging.getLogger(__name__)
 
+MOST_LISTED = 4
+"""Files that an error lists one by one, as many as MNIST has; longer lists would hide what to do."""
+
 
 def available(name: str, root: str | os.PathLike[str] | None = None) -> bool:
     """Whether every file of a data set is there and has its checksum (the digits need no file).
@@ -69,9 +72,17 @@ def fetch(name: str, root: str | os.PathLike[str] | None = None) -> Path:
 
 
 def missing(name: str, place: Path) -> str:
-    """Return which files of a data set are missing or damaged, and what to do about it."""
-    found = faults(find(name), place)
-    listed = "; ".join(f"{place / file.name} {fault}" for file, fault in found.items())
+    """Return which files of a data set are missing or damaged (of many: how many, and the first), and what to do."""
+    entry = find(name)
+    found = faults(entry, place)
+    if len(found) > MOST_LISTED:
+        absent = sum(fault == MISSING for fault in found.values())
+        counts = {"missing": absent, "damaged or unreadable": len(found) - absent}
+        counted = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        first, fault = next(iter(found.items()))
+        listed = f"of its {len(entry.files)} files {counted}, the first: {first.name} {fault}"
+    else:
+        listed = "; ".join(f"{place / file.name} {fault}" for file, fault in found.items())
     return (
         f"data set {name!r}: {listed}. Fetch it where there is a network (`gossamer.data.fetch({name!r})`) and copy "
         f"the folder {place}, or set DATAPATH to the folder that holds {name}/."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
+from itertools import compress
 from typing import Any
 
 import torch
@@ -100,8 +101,6 @@ class DSR(MaskMethod):
 
     def _start(self, given: list[tuple[Tensor, int]] | None) -> list[tuple[Tensor, int]]:
         masks = super()._start(given)
-        whole = self._weights([groups.total for groups in self.groups])
-        weights = self.all_parameters if self.over == "all" else whole
         active = self._weights([count for _, count in masks])
         most = active - sum(groups.size for groups in self.groups)
         if self.prune_count is not None and self.prune_count > most:
@@ -109,14 +108,20 @@ class DSR(MaskMethod):
                 f"prune_count: got {self.prune_count}, but only {most} of {active} active weights can go (one group a "
                 "tensor stays); choose a tenth of them"
             )
-        # Above a half an update would leave little of the network, and the threshold would grow without end.
-        self.intended = (
-            self.prune_count if self.prune_count is not None else min(self.prune_fraction * weights, active / 2, most)
-        )
+        self.intended = self._aim(active)
         self._pruned: list[Tensor] | None = None
         self._before = [active for _, active in masks]
         self._last_pruned: int | None = 0
         return masks
+
+    def _aim(self, active: int) -> float:
+        """The number of weights that an update is to prune, of so many active ones."""
+        if self.prune_count is not None:
+            return self.prune_count
+        whole = self._weights([groups.total for groups in self.groups])
+        weights = self.all_parameters if self.over == "all" else whole
+        # Above a half an update would leave little of the network, and the threshold would grow without end.
+        return min(self.prune_fraction * weights, active / 2, active - sum(groups.size for groups in self.groups))
 
     def due(self, step: int) -> bool:
         """See `Method.due`."""
@@ -174,14 +179,19 @@ class DSR(MaskMethod):
         pruned = self._pruned or [mask.new_empty(0, dtype=torch.int64) for mask in alive]
         self._pruned = None
         lost = count_over_shards(self.groups, [torch.tensor(len(gone), device=gone.device) for gone in pruned])
+        trained = self._trained()  # layers frozen since they were pruned keep their masks all the same
         rooms = [
-            each.total - now - gone if trained else 0
-            for each, now, gone, trained in zip(self.groups, active, lost, self._trained(), strict=True)
+            each.total - now - gone if open_ else 0
+            for each, now, gone, open_ in zip(self.groups, active, lost, trained, strict=True)
         ]
+        lost = [gone if open_ else 0 for gone, open_ in zip(lost, trained, strict=True)]
         free = [(mask == 0).index_fill_(0, gone, False) for mask, gone in zip(alive, pruned, strict=True)]
         if self.groups[0].cell is not None:  # every cell, and so every tensor, gets back what it lost
-            grow(self.groups, alive, free, rooms, lost, self.generator)
-            return allocate("uniform", self.groups, self.budget)
+            if groups := list(compress(self.groups, trained)):
+                masks, places = list(compress(alive, trained)), list(compress(free, trained))
+                grow(groups, masks, places, rooms, lost, self.generator)
+            whole = allocate("uniform", self.groups, self.budget)
+            return [count if open_ else now for count, now, open_ in zip(whole, active, trained, strict=True)]
         freed = self.budget - self._weights(active)
         counts = self._apportion(freed, active, rooms)
         grow(self.groups, alive, free, rooms, counts, self.generator)

@@ -143,9 +143,10 @@ class MaskMethod(Method):
         budget = state.get("budget")
         if type(budget) is not int or not 0 < budget <= self._weights([groups.total for groups in self.groups]):
             raise StateError(f"{self.name}: the saved budget is {budget!r:.40} active weights; the file is damaged")
-        if self._budget_is_fixed and not self._expects(budget, state):
+        there, here = self._asked_for(budget, state)
+        if self._budget_is_fixed and there != here:
             raise StateError(
-                f"{self.name}: the saved budget is {budget} active weights, the attached one {self.budget}; attach "
+                f"{self.name}: the saved budget is {there} active weights, the attached one {here}; attach "
                 "with the sparsity the state was saved with"
             )
         alive = [groups.collapse(masks) for groups in self.groups]
@@ -186,9 +187,9 @@ class MaskMethod(Method):
         """The budget in weights, given the active groups of each tensor at the start."""
         return self._weights(active)
 
-    def _expects(self, budget: int, state: Mapping[str, Any]) -> bool:
-        """Whether a saved budget is the one that the arguments ask for."""
-        return budget == self.budget
+    def _asked_for(self, budget: int, state: Mapping[str, Any]) -> tuple[Any, int]:
+        """The budgets that the arguments asked for when a state was saved, and ask for now."""
+        return budget, self.budget
 
     def _admits(self, active: int, budget: int) -> bool:
         """Whether so many weights can be active under a budget."""
