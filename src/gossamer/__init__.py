@@ -3,7 +3,7 @@
 from importlib.metadata import version
 
 from gossamer import nn, penalties, schedule, scores
-from gossamer.activations import LossyThreshold
+from gossamer.activations import ActivationSparsifier, LossyThreshold
 from gossamer.attach import Sparsity, attach
 from gossamer.compat.dst import DSModel
 from gossamer.errors import (
@@ -28,6 +28,7 @@ __all__ = [
     "ISS",
     "NM",
     "SET",
+    "ActivationSparsifier",
     "Block",
     "Change",
     "ConfigurationError",

@@ -28,7 +28,7 @@ class ActivationSparsifier:
     """Multiplies what enters layers by masks made from what entered them before.
 
     `mask = mask_fn(reduce_fn(aggregate_fn(… aggregate_fn(x₁, x₂) …, xₙ)), **sparse_config)`, where `xᵢ` is a layer's
-    first input at its i-th call. `register_layer` begins to watch a layer, `step` makes its mask, `squash_mask` applies it.
+    first input at its i-th call. `register_layer` begins to watch, `step` makes masks, `squash_mask` applies them.
 
     Aggregates are detached. Where a batch is smaller than others its rows are aggregated with as many of theirs. Ranks'
     aggregates are aggregated in turn, so that all have the same masks.
@@ -392,7 +392,7 @@ class _Hook:
         y = self.sparsifier._sparsify(self.name, x)
         if isinstance(key, int):
             return (*args[:key], y, *args[key + 1 :]), kwargs
-        return args, kwargs | {key: y}
+        return args, {**kwargs, str(key): y}
 
 
 class _WrongResultError(Exception):
