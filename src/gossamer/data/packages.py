@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Callable
@@ -161,8 +162,10 @@ def _pypi(package: str, temporary: Path) -> Path:
             problems.append(f"{page}: has no {name}-{version}.tar.gz")
         except (OSError, ValueError, http.client.HTTPException) as error:
             # An address that cannot be read may hold a password, and so may the message about it.
-            said = type(error).__name__ if isinstance(error, http.client.InvalidURL) else error
+            said = type(error).__name__ if isinstance(error, http.client.InvalidURL) else str(error)
             problems.append(f"{page}: {said}")
+            if isinstance(error, urllib.error.HTTPError):
+                error.close()
         else:
             return temporary / "package.tar.gz"
     raise DataError("; ".join(problems))
