@@ -374,3 +374,14 @@ def test_a_masked_module_goes_to_memory_that_it_did_not_have() -> None:
     sparsity.follow(torch.optim.SGD(net.parameters(), lr=0.1))
     assert not net.hidden.weight[~masks["hidden.weight"]].any()
     del optimizer
+
+
+def test_a_mask_without_a_handle_is_not_lost_where_memory_is_given_anew() -> None:
+    net = Net()
+    sparsity = gs.attach(net, gs.Static(0.5))
+    masks = sparsity.masks()
+    state = copy.deepcopy(net.state_dict())
+    sparsity.detach()
+    net.to("meta").to_empty(device="cpu")
+    net.load_state_dict(state)
+    assert not net.hidden.weight[~masks["hidden.weight"]].any()

@@ -24,7 +24,7 @@ from gossamer import guard, optimizers, state
 from gossamer.checks import closest
 from gossamer.errors import ConfigurationError, OrderError
 from gossamer.hooks import StepHooks
-from gossamer.masks import count_active, enforce, pack, rows_like
+from gossamer.masks import MaskedTensor, count_active, enforce, pack, rows_like
 from gossamer.method import Masks, MaskUpdate, Method
 from gossamer.summary import Summary, summarize
 from gossamer.targets import local, named_weights
@@ -279,13 +279,19 @@ class Sparsity:
         Raises:
             ConfigurationError: A masked weight is missing in the copy, or has another shape.
         """
+        self._project(copy)
+
+    @torch.no_grad()
+    def _project(self, copy: nn.Module) -> dict[int, MaskedTensor]:
+        """Project, and return whose mask each parameter of the copy now has, by the parameter's id."""
         self._require_placed()
         if not isinstance(copy, nn.Module):
             raise ConfigurationError(f"project: expected a module, a copy of the model, got {type(copy).__name__}")
         found = {target.name: target for target, _ in named_weights(copy)}
         pairs = []
         tensors = self._hooks.tensors()
-        prefix = _prefix([tensor.name for tensor in tensors], found)
+        every = [target.name for target, _ in named_weights(self._model)]
+        prefix = _prefix([tensor.name for tensor in tensors], every, found)
         for tensor in tensors:
             target = found.get(prefix + tensor.name)
             if target is None or target.shape != tensor.shape:
@@ -302,6 +308,7 @@ class Sparsity:
                 enforce(weight, mask)
             else:
                 target.computed.mask = mask.clone()
+        return {id(target.parameter): tensor for target, tensor in pairs}
 
     # -- end -----------------------------------------------------------------------------------------------------------
 
@@ -402,8 +409,13 @@ class Sparsity:
                 target.remember_shard()
 
 
-def _prefix(names: Sequence[str], found: Collection[str]) -> str:
+def _prefix(names: Sequence[str], every: Sequence[str], found: Collection[str]) -> str:
     """What a module around a copy puts before its names; "" where it is not to be told.
+
+    Args:
+        names: Names of the masked weights.
+        every: Names of all parameters, which tell where the masked ones' may be parts of others.
+        found: Names of all parameters of the module around.
 
     Raises:
         ConfigurationError: It holds several networks with these names.
@@ -413,6 +425,9 @@ def _prefix(names: Sequence[str], found: Collection[str]) -> str:
     fitting = [end for end in whole if all(end + name in found for name in names)]
     if "" in fitting or not fitting:
         return ""
+    whole = [end for end in fitting if all(end + name in found for name in every)]
+    if len(fitting) > 1 and len(whole) == 1:
+        return whole[0]
     if len(fitting) > 1:
         raise ConfigurationError(
             f"project: the copy holds {len(fitting)} networks with these parameters, as {fitting[0][:-1]!r} and "

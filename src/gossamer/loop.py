@@ -194,9 +194,10 @@ class Run:
                 "recipe it began with"
             )
         if (other := _difference(state["evaluated_on"], self._evaluated_on())) is not None:
+            part, _, what = other[0].partition(".")
             raise StateError(
-                f"data: {other[0].replace('.', ' data: ')} is {other[2]!r}, and was {other[1]!r} when the run was "
-                "stopped; a run continues with the data it began with"
+                f"data: {what or 'all'} of the {part} data changed since the run was stopped "
+                f"({other[1]!s:.12} before, {other[2]!s:.12} now); a run continues with the data it began with"
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])

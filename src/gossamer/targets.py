@@ -61,8 +61,8 @@ class ComputedWeight(nn.Module):
         self.mask: torch.Tensor | None = None
 
     def _apply(self, fn: Callable[..., torch.Tensor], recurse: bool = True) -> ComputedWeight:
-        if self.mask is not None:  # one without values is made anew by the handle that has it
-            self.mask = None if self.mask.is_meta else self.mask.to(fn(self.mask[:0]).device)
+        if self.mask is not None and (place := fn(self.mask[:0]).device).type != "meta":  # where it would be lost
+            self.mask = self.mask.to(place)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 

@@ -783,3 +783,23 @@ def test_masks_of_parameters_in_an_average_are_those_of_now(hashed):
     assert average.module.weight.mask.equal(own.weight.mask)
     assert average.module.weight.sparsity == own.weight.sparsity
     assert not average.module.weight()[~own.weight.mask].any()
+
+
+def test_an_average_is_found_though_a_masked_name_recurs_deeper_in_the_network():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.ReLU()))
+    sparsity = gs.attach(model, gs.Static(0.5, targets=["0.weight"]))
+    average = torch.optim.swa_utils.AveragedModel(model)
+    average.module[0].weight.detach().fill_(1.0)
+    sparsity.project(average)
+    assert (average.module[0].weight != 0).equal(sparsity.masks()["0.weight"])
+    assert average.module[1][0].weight.all()
+
+
+def test_parameters_beside_a_copy_keep_their_masks():
+    model, teacher = gs.DSModel(Own(), 0.5, over="targets"), gs.DSModel(Own(), 0.25, over="targets", seed=3)
+    before = teacher.model.weight.mask.clone()
+    copied = copy.deepcopy(model.model)
+    model.shuffle_structure()
+    model.project(nn.ModuleDict({"ema": copied, "other": nn.ModuleDict({"weight": teacher.model.weight})}))
+    assert copied.weight.mask.equal(model.model.weight.mask)
+    assert teacher.model.weight.mask.equal(before)

@@ -566,3 +566,21 @@ def test_numbers_of_numpy_are_saved_as_plain_ones() -> None:
     torch.save(sparsity.state_dict(), file)
     file.seek(0)
     sparsity.load_state_dict(torch.load(file, weights_only=True))
+
+
+def test_what_dsr_is_to_prune_follows_the_budget_of_a_state() -> None:
+    kept = torch.zeros(40, 40, dtype=torch.bool)
+    kept[:1] = True
+
+    def attach(model: torch.nn.Module, masks: object) -> gs.Sparsity:
+        return gs.attach(model, gs.DSR(prune_fraction=0.01, threshold=0.05), masks=masks)
+
+    model = torch.nn.Linear(40, 40)
+    first = attach(model, {"weight": kept})
+    for _ in range(3):
+        first.update()
+    resumed = torch.nn.Linear(40, 40)
+    resumed.load_state_dict(model.state_dict())
+    second = attach(resumed, "zeros")  # grown weights that are zero still look pruned here
+    second.load_state_dict(first.state_dict())
+    assert second.methods[0].intended == first.methods[0].intended == 16

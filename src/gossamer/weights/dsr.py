@@ -116,12 +116,12 @@ class DSR(MaskMethod):
 
     def _aim(self, active: int) -> float:
         """The number of weights that an update is to prune, of so many active ones."""
+        most = active - sum(groups.size for groups in self.groups)  # the threshold would grow without end above
         if self.prune_count is not None:
-            return self.prune_count
+            return min(self.prune_count, most)
         whole = self._weights([groups.total for groups in self.groups])
         weights = self.all_parameters if self.over == "all" else whole
-        # Above a half an update would leave little of the network, and the threshold would grow without end.
-        return min(self.prune_fraction * weights, active / 2, active - sum(groups.size for groups in self.groups))
+        return min(self.prune_fraction * weights, active / 2, most)  # above a half little of the network is left
 
     def due(self, step: int) -> bool:
         """See `Method.due`."""
@@ -260,6 +260,7 @@ class DSR(MaskMethod):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Method.load_state_dict`."""
         super().load_state_dict(state)
+        self.intended = self._aim(self.budget)
         self.threshold = state["threshold"]
         self._before = list(state["before"])
         self._last_pruned = state["last_pruned"]
