@@ -105,7 +105,7 @@ def test_a_run_goes_on_where_its_folder_was_moved_to_and_with_other_workers(tmp_
     for part in ("val", "train"):
         picture = next((tmp_path / "second" / part).glob("*/*"))
         picture.rename(picture.with_name("renamed.jpg"))
-        said = "test data: files and labels is " if part == "val" else "saved with files and labels="
+        said = "files and labels of the test data changed" if part == "val" else "saved with files and labels="
         with pytest.raises(StateError, match=said):
             train(again, interrupted_twice, progress=False, resume=True)
         picture.with_name("renamed.jpg").rename(picture)

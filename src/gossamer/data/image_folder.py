@@ -176,7 +176,8 @@ def _scan(place: Path, image_size: int, workers: int | None) -> tuple[list[str],
     if not place.is_dir():
         raise DataError(
             f"{place}: no such folder; {_LAYOUT} in {place.parent}: give another as root (in a recipe, or in the "
-            f"recipe.yaml of a run that goes on, as data.root), or set DATAPATH to the folder of {IMAGE_FOLDER}/"
+            "recipe.yaml of a run that goes on, as data.root), or set DATAPATH to the folder that holds "
+            f"{IMAGE_FOLDER}/"
         )
     try:
         found = _torchvision("datasets").ImageFolder(place)
