@@ -385,3 +385,13 @@ def test_a_mask_without_a_handle_is_not_lost_where_memory_is_given_anew() -> Non
     net.to("meta").to_empty(device="cpu")
     net.load_state_dict(state)
     assert not net.hidden.weight[~masks["hidden.weight"]].any()
+
+
+def test_a_copy_made_without_memory_is_read_by_the_same_hashes_once_it_has_weights() -> None:
+    net = Net()
+    gs.attach(net, gs.Static(0.5))
+    other = copy.deepcopy(net).to("meta")
+    assert other(torch.randn(2, 4, 4, 4, device="meta")).shape == (2, 4)
+    other.load_state_dict(net.state_dict(), assign=True)
+    x = torch.randn(2, 4, 4, 4)
+    assert other(x).equal(net(x))

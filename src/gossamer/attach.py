@@ -423,11 +423,11 @@ def _prefix(names: Sequence[str], every: Sequence[str], found: Collection[str]) 
     ends = [name.removesuffix(names[0]) for name in found if name.endswith(names[0])] if names else []
     whole = [end for end in ends if not end or end.endswith(".")]
     fitting = [end for end in whole if all(end + name in found for name in names)]
+    whole = [end for end in fitting if all(end + name in found for name in every)]
+    if len(whole) == 1:
+        return whole[0]
     if "" in fitting or not fitting:
         return ""
-    whole = [end for end in fitting if all(end + name in found for name in every)]
-    if len(fitting) > 1 and len(whole) == 1:
-        return whole[0]
     if len(fitting) > 1:
         raise ConfigurationError(
             f"project: the copy holds {len(fitting)} networks with these parameters, as {fitting[0][:-1]!r} and "

@@ -73,7 +73,11 @@ class ComputedWeight(nn.Module):
     def forward(self, numbers: torch.Tensor) -> torch.Tensor:
         """The weight, exactly +0.0 where it is pruned."""
         weight = self.compute(numbers)
-        return weight if self.mask is None else torch.where(self.mask != 0, weight, torch.zeros_like(weight))
+        return (
+            weight
+            if self.mask is None or weight.is_meta
+            else torch.where(self.mask != 0, weight, torch.zeros_like(weight))
+        )
 
 
 @dataclass(eq=False)

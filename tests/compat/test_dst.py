@@ -803,3 +803,13 @@ def test_parameters_beside_a_copy_keep_their_masks():
     model.project(nn.ModuleDict({"ema": copied, "other": nn.ModuleDict({"weight": teacher.model.weight})}))
     assert copied.weight.mask.equal(model.model.weight.mask)
     assert teacher.model.weight.mask.equal(before)
+
+
+def test_a_wrapper_with_a_weight_of_the_same_name_is_not_taken_for_the_copy():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    sparsity = gs.attach(model, gs.Static(0.5, targets=["0.weight"]))
+    around = nn.Sequential(nn.Linear(8, 8), copy.deepcopy(model))
+    around[1][0].weight.detach().fill_(1.0)
+    sparsity.project(around)
+    assert around[0].weight.all()
+    assert (around[1][0].weight != 0).equal(sparsity.masks()["0.weight"])

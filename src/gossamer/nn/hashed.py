@@ -43,6 +43,8 @@ class HashedWeight(ComputedWeight):
 
     def compute(self, numbers: Tensor) -> Tensor:
         """The weight: `(size,)` → `shape`."""
+        if self.index.is_meta and not numbers.is_meta:  # loaded by `load_state_dict(assign=True)`
+            self.index = _places(prod(self.shape), self.size, self.seed).to(numbers.device)
         return torch.cat([numbers, -numbers]).index_select(0, self.index).view(self.shape)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
