@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -233,13 +234,18 @@ class FilePixels:
 
     def settings(self) -> dict[str, Any]:
         """See `Pixels.settings`."""
-        digest = hashlib.sha256(b"\0".join(self.split.files.tolist()))
-        digest.update(self.split.labels.numpy().tobytes())
         return {
             "image_size": self.split.image_size,
             "augmented": self.split.augmented,
-            "files and labels": digest.hexdigest(),
+            "files and labels": self._digest,
         }
+
+    @cached_property
+    def _digest(self) -> str:
+        """Of every path and label; asked for with every checkpoint, and over a million of them for ImageNet."""
+        digest = hashlib.sha256(b"\0".join(self.split.files.tolist()))
+        digest.update(self.split.labels.numpy().tobytes())
+        return digest.hexdigest()
 
 
 @contextmanager
