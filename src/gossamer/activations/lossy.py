@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.checks import check_boolean, check_integer, check_number
+from gossamer.collect import Collected, recomputing
 from gossamer.errors import ConfigurationError, OrderError
 from gossamer.method import Masks, Method, Proposal
 from gossamer.nn.lossy import LossySparsifier, hard_threshold, lossy_threshold
@@ -260,8 +261,8 @@ class PlacedSparsifier(LossySparsifier):
         self.penalty = penalty
         self.is_hard = hard
         self.has_run = False
-        self._collected = _Collected()
-        self._moved = _Collected()
+        self._collected = Collected()
+        self._moved = Collected()
 
     def forward(self, x: Tensor) -> Tensor:
         """The threshold of a site's output, or input."""
@@ -276,8 +277,7 @@ class PlacedSparsifier(LossySparsifier):
         except ConfigurationError as error:
             raise ConfigurationError(f"{self.site}: {error}; leave it out with sites=['!{self.site}']") from None
         if self.training:
-            # Where activation checkpointing computes a part again, it does so within the backward pass.
-            if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            if not recomputing():
                 self._collected.append((sums, y.numel()))
                 self.has_run = True
                 self._moved.clear()
@@ -299,16 +299,6 @@ class PlacedSparsifier(LossySparsifier):
             return None
         change, size = map(float, torch.stack(list(self._moved)).sum(0).tolist())
         return float((change / size) ** 0.5) if size else 0.0
-
-
-class _Collected(list[Any]):
-    """A list that copies and pickles leave behind: it holds tensors of a graph."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Collected:
-        return _Collected()
-
-    def __reduce__(self) -> tuple[type[_Collected], tuple[()]]:
-        return _Collected, ()
 
 
 def _after(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
