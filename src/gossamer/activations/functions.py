@@ -261,7 +261,7 @@ def _unrows(rows: Tensor, x: Tensor, dim: int | None) -> Tensor:
 
 
 def _quantile(x: Tensor, q: float, dim: int) -> Tensor:
-    """As `torch.quantile` along a dimension that is kept, but for any number of elements and half precision."""
+    """As `torch.quantile` along a dimension that is kept, which takes neither half precision nor 2²⁴ elements."""
     ordered = (x if x.dtype == torch.float64 else x.float()).sort(dim).values
     place = q * (x.shape[dim] - 1)
     low = floor(place)
