@@ -289,9 +289,7 @@ class PlacedSparsifier(LossySparsifier):
 
     def take(self) -> list[tuple[Tensor, int]]:
         """Sums and number of activations of the forward passes so far, which are then forgotten."""
-        taken = list(self._collected)
-        self._collected.clear()
-        return taken
+        return self._collected.take()
 
     def moved(self) -> float | None:
         """See `LossyThreshold.learned`."""
