@@ -2,5 +2,9 @@
 
 from gossamer.activations.aggregated import ActivationSparsifier
 from gossamer.activations.lossy import LossyThreshold
+from gossamer.method import Method
 
-__all__ = ["ActivationSparsifier", "LossyThreshold"]
+METHODS: dict[str, type[Method]] = {method.name: method for method in (LossyThreshold,)}
+"""Those that `attach` takes, by the name they have in recipes and saved states."""
+
+__all__ = ["METHODS", "ActivationSparsifier", "LossyThreshold"]

@@ -73,6 +73,7 @@ class LossyThreshold(Method):
     placed: list[Site] = field(default_factory=list, init=False, repr=False)
 
     name = "lossy_threshold"
+    steps = ("double_at", "until")
 
     def __post_init__(self) -> None:
         strengths = self.strength if isinstance(self.strength, Mapping) else {"": self.strength}
