@@ -59,14 +59,16 @@ class DataRecipe(Section):
     """The data set and its batches: images an optimizer step sees are `batch_size` × `accumulate`.
 
     `validation` is the number of training images held out, the same ones for every seed; `None` for the data set's
-    default. Of text, `batch_size` is the number of parallel streams, `length` that of characters of each in a batch,
-    and `validation` counts characters too; see `gossamer.data.StreamLoader`.
-    `root`, `image_size` and `workers` are for a folder of images; see `gossamer.data.load_image_folder`.
+    default. Of the rest `train` are trained on; `None` for all. Of text, `batch_size` is the number of parallel
+    streams, `length` that of characters of each in a batch, and `validation` counts characters too; see
+    `gossamer.data.StreamLoader`. `root`, `image_size` and `workers` are for a folder of images; see
+    `gossamer.data.load_image_folder`.
     """
 
     name: str
     batch_size: _Count = 128
     validation: _CountOrZero | None = None
+    train: _Count | None = None
     length: _Count | None = None
     augment: AugmentRecipe | None = None
     root: str | None = None
@@ -84,6 +86,10 @@ class DataRecipe(Section):
         for key in ("root", "image_size", "workers"):
             if self.name != IMAGE_FOLDER and getattr(self, key) is not None:
                 refuse(key, f"is for {IMAGE_FOLDER}, a folder of images, and not for {self.name!r}; leave it out")
+        if self.name == IMAGE_FOLDER and self.train is not None:
+            refuse(
+                "train", f"is not for {IMAGE_FOLDER}; give a folder with fewer images, or hold out more with validation"
+            )
         return self
 
 
