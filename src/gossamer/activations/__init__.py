@@ -2,5 +2,7 @@
 
 from gossamer.activations.aggregated import ActivationSparsifier
 from gossamer.activations.lossy import LossyThreshold
+from gossamer.activations.measure import measure_activations
+from gossamer.activations.measurements import ActivationMeasurements
 
-__all__ = ["ActivationSparsifier", "LossyThreshold"]
+__all__ = ["ActivationMeasurements", "ActivationSparsifier", "LossyThreshold", "measure_activations"]
