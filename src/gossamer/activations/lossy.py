@@ -351,13 +351,17 @@ def _take_off(module: nn.Module) -> None:
 
 
 def _channels(site: Site, position: str) -> tuple[int, int]:
-    """Number of channels of a site, and the dimension that runs over them, counted from the last."""
+    """Number of channels of a site, and the dimension that runs over them."""
     module, side = site.module, "out" if position == "after" else "in"
     if isinstance(module, nn.modules.conv._ConvNd):
         return getattr(module, f"{side}_channels"), -1 - len(module.kernel_size)
     features = f"{side}1_features" if isinstance(module, nn.Bilinear) and side == "in" else f"{side}_features"
     if isinstance(module, nn.Linear | nn.Bilinear):
         return getattr(module, features), -1
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return module.num_features, 1
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels, 1
     raise ConfigurationError(
         f"{site.name}: is a {type(module).__name__}, whose channels are not known; use per_channel=False, or leave it "
         f"out with sites=['!{site.name}']"
