@@ -3,7 +3,7 @@
 from importlib.metadata import version
 
 from gossamer import nn, penalties, schedule, scores
-from gossamer.activations import ActivationSparsifier, LossyThreshold
+from gossamer.activations import ActivationMeasurements, ActivationSparsifier, LossyThreshold, measure_activations
 from gossamer.attach import Sparsity, attach
 from gossamer.compat.dst import DSModel
 from gossamer.errors import (
@@ -28,6 +28,7 @@ __all__ = [
     "ISS",
     "NM",
     "SET",
+    "ActivationMeasurements",
     "ActivationSparsifier",
     "Block",
     "Change",
@@ -49,6 +50,7 @@ __all__ = [
     "Summary",
     "attach",
     "import_torch_masks",
+    "measure_activations",
     "nn",
     "penalties",
     "prune",
