@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ from gossamer.method import Masks, Method, Proposal
 from gossamer.nn.lossy import LossySparsifier, hard_threshold, lossy_threshold
 from gossamer.penalties import Penalty, as_penalty
 from gossamer.sites import Site, SiteSelection, select_sites
-from gossamer.targets import matches, plain_name
+from gossamer.targets import matches, plain_name, whole
 
 CHILD = "sparsifier"
 """The name of the module that is put into each site."""
@@ -130,9 +131,12 @@ class LossyThreshold(Method):
         for site, (channels, dim) in zip(self.placed, self._channels, strict=True):
             sparsifier = PlacedSparsifier(self.eps, self.sharpness, channels=channels, dim=dim)
             sparsifier.place(site.name, self._penalty, self.hard)
-            reference = next(site.module.parameters(), None)
+            # Of the type of the weights beside it: FSDP2 shards parameters of one type together.
+            parameters = itertools.chain(site.module.parameters(), self._model.parameters())
+            reference = next((each for each in parameters if each.is_floating_point()), None)
             if reference is not None:
                 sparsifier.to(reference.device)
+                sparsifier.eps.data = sparsifier.eps.to(reference.dtype)
             self._place(site, sparsifier)
 
     def param_groups(self) -> list[dict[str, Any]]:
@@ -203,14 +207,15 @@ class LossyThreshold(Method):
 
         `moved` is by how much the hard threshold changes the site's output, `‖hard − smoothed‖ / ‖smoothed‖` over the
         forward passes in evaluation mode since the last one in training; `None` where there was none. After `finalize`,
-        `folded_into` is the ReLU that the threshold became one with.
+        `folded_into` is the ReLU that the threshold became one with. `moved` is of this process alone; of sharded
+        thresholds it is a collective call.
         """
         found = []
         for site in self.placed:
             sparsifier = site.module._modules.get(CHILD)
             if not isinstance(sparsifier, PlacedSparsifier):
                 return getattr(self, "_last", [])
-            e = sparsifier.eps.detach().abs()
+            e = whole(sparsifier.eps).abs()
             found.append(
                 {
                     "site": site.name,

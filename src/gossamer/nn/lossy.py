@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from gossamer.checks import check_integer, check_number
 from gossamer.errors import ConfigurationError
 from gossamer.penalties import TERMS
+from gossamer.targets import whole
 
 _CHUNK = 1 << 16
 """Elements that are worked on at a time on the CPU: few enough to stay in the cache between the steps of a formula."""
@@ -265,7 +266,7 @@ class LossySparsifier(nn.Module):
         return self._give(FATReLU(channels=self._channels(), dim=self.dim))
 
     def _give(self, made: _Hard) -> _Hard:
-        made.eps = self.eps.detach().clone()
+        made.eps = whole(self.eps).clone()
         return made.train(self.training)
 
     def _channels(self) -> int | None:
