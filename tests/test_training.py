@@ -221,11 +221,15 @@ def test_accuracy_is_that_of_the_finished_model_with_hard_thresholds(compiled):
     assert [row["folded_into"] for row in result.summary.learned] == ["relu1", "relu2"]
     assert (result.model.layer1.weight == 0).float().mean() > 0.7
     assert isinstance(result.model.relu1, FATReLU)
+    hidden = result.model.relu1(result.model.layer1(images.flatten(1)))
+    last = result.model.relu2(result.model.layer2(hidden))
+    zeros = int((hidden == 0).sum() + (last == 0).sum())
+    assert result.activations["sparsity"] == pytest.approx(zeros / (hidden.numel() + last.numel()))
 
 
 def test_a_run_without_anything_soft_has_one_accuracy():
     result = train(small("epochs=1"), progress=False)
-    assert result.soft_test_accuracy is result.soft_validation_accuracy is None
+    assert result.soft_test_accuracy is result.soft_validation_accuracy is result.activations is None
 
 
 def test_a_run_is_not_continued_by_two_processes_at_a_time(tmp_path, monkeypatch):
