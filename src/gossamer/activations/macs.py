@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gossamer.activations.counts import split_samples
 from gossamer.activations.measurements import fraction
 
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear)
@@ -72,7 +73,7 @@ class MacCounter:
         transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
         self.macs += macs
         self.padding += pairs * prod(layer.kernel_size) * prod(size if transposed else output_size) - macs
-        zeros = (x == 0).sum((0, 1))
+        zeros = torch.stack([(part == 0).sum((0, 1)) for part in split_samples(x)]).sum(0)
         saved = (zeros * self._uses.of_positions).sum() * (layer.out_channels // layer.groups)
         return torch.stack([zeros.sum(), saved])
 

@@ -32,7 +32,7 @@ SITES = Kind(
 )
 """The modules whose outputs are measured without being named."""
 
-_LAST = (nn.Linear, nn.Bilinear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag)
+_LAST = (nn.Linear, nn.Bilinear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag, nn.RNNBase)
 _SECOND = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, SparseActivation)
 """Layers whose outputs have their channels along the last and along the second dimension."""
 
@@ -105,7 +105,8 @@ def measure_activations(
         )
     site_rows = [_identity(name, called[name], counter.calls) | counter.row() for name, counter in counters.items()]
     layer_rows = [_identity(name, called[name], counter.calls) | counter.row() for name, counter in layers.items()]
-    totals: dict[str, Any] = {"batches": batches, "hard": hard}
+    smoothed = 0 if hard else sum(isinstance(module, LossySparsifier) for module in called.values())
+    totals: dict[str, Any] = {"batches": batches, "hard": hard, "smoothed_thresholds": smoothed}
     totals |= {key: sum(row[key] for row in site_rows) for key in ("elements", "zeros")}
     totals["sparsity"] = fraction(totals["zeros"], totals["elements"])
     totals |= {f"input_{key}": sum(row[key] for row in layer_rows) for key in ("elements", "zeros")}
