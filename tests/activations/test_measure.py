@@ -267,11 +267,10 @@ def test_products_of_a_transposed_convolution_are_those_of_the_size_asked_for() 
         def forward(self, x: Tensor, size: int) -> Tensor:
             return self.up(input=x, output_size=[size])
 
-    net, x = Asked(), random(2, 2, 4).relu()
-    for size in (9, 10, 11):
-        found = layer_row(gs.measure_activations(net, [((x, size), None)]), "up")
-        macs, saved, outside = products(net.up, x, net(x, size))
-        assert (found["macs"], found["saved_macs"], found["padding_macs"]) == (macs, saved, outside)
+    net, x, sizes = Asked(), random(2, 2, 4).relu(), (9, 10, 11)
+    found = layer_row(gs.measure_activations(net, [((x, size), None) for size in sizes]), "up")
+    counts = zip(*(products(net.up, x, net(x, size)) for size in sizes), strict=True)
+    assert [found["macs"], found["saved_macs"], found["padding_macs"]] == [sum(each) for each in counts]
 
 
 @pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4)])
@@ -348,6 +347,11 @@ def test_channels_of_a_threshold_are_those_of_its_layer(position: str, per_chann
         zip(("2.sparsifier", "3.sparsifier"), (3, 7) if position == "after" else (2, 4), strict=True)
     )
     assert [len(each["thresholds"]) for each in measured.sites] == (list(channels.values()) if per_channel else [1, 1])
+
+
+def test_channels_of_a_threshold_for_each_of_them_are_along_its_own_dimension() -> None:
+    net = nn.Sequential(gs.nn.LossyHardSparsifier(channels=4, dim=-1))
+    assert row(gs.measure_activations(net, [random(2, 3, 4)]), "0")["channels"] == 4
 
 
 # -- sites -------------------------------------------------------------------------------------------------------------
@@ -503,7 +507,8 @@ def test_nothing_is_read_from_the_device_at_every_batch() -> None:
 def test_compiled_model_is_measured_as_the_plain_one() -> None:
     net = Net().eval()
     compiled = torch.compile(net, backend="eager")
-    compiled(batches(1)[0])
+    with torch.no_grad():
+        compiled(batches(1)[0])
     assert gs.measure_activations(compiled, batches()) == gs.measure_activations(net, batches())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -50,7 +51,7 @@ def measure_activations(
     The outputs of sites are measured, and the inputs of all convolutions (transposed ones too), linear and bilinear
     layers, so that whatever lies between counts for what it does. Counts are exact, over every call of a module, and
     take the same memory however many batches there are. The model runs in evaluation mode, compiled models without
-    their compilation; afterwards it is as it was, and so is torch's random state.
+    their compilation; afterwards it is as it was, and so is torch's random state. Hooks of others run as ever.
 
     Dimension 0 is that of samples. Channels lie along dimension 1 of what convolutions, batch norms and masks of
     positions give, and along the last dimension for linear and bilinear layers, layer norms and embeddings; other sites
@@ -87,7 +88,8 @@ def measure_activations(
     batches = 0
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code would pass over the hooks
+        if "torch._dynamo" in sys.modules:  # its import takes seconds, and nothing was compiled without it
+            stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code would pass over the hooks
         cuda = [device] if device is not None and device.type == "cuda" else []
         stack.enter_context(torch.random.fork_rng(cuda))
         stack.enter_context(_evaluating(model))
