@@ -6,10 +6,11 @@ import yaml
 
 from gossamer.errors import ConfigurationError
 from gossamer.learning_rate import CosineSchedule, MultiStepSchedule
-from gossamer.recipe import OPTIMIZERS, Recipe, load_recipe, parse_recipe, shipped
+from gossamer.penalties import L0, as_penalty
+from gossamer.recipe import METHODS, OPTIMIZERS, Recipe, load_recipe, parse_recipe, shipped
 from gossamer.schedule import EpochPeriods
 from gossamer.source import Source, dump
-from gossamer.weights import DSR, GMP, METHODS, RigL
+from gossamer.weights import DSR, GMP, RigL
 
 TEXT = """\
 description: a test
@@ -392,9 +393,18 @@ def test_every_optimizer_can_be_named(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_can_be_named(name):
-    end = ", end: 50%" if name == "gmp" else ""
-    recipe = parse_recipe("t", TEXT, [f"methods=[{{type: {name}, sparsity: 0.5{end}}}]"])
+    arguments = {"gmp": "sparsity: 0.5, end: 50%", "lossy_threshold": "strength: 0.5"}.get(name, "sparsity: 0.5")
+    recipe = parse_recipe("t", TEXT, [f"methods=[{{type: {name}, {arguments}}}]"])
     assert type(recipe.build_methods(100, 10, 0)[0]) is METHODS[name]
+
+
+def test_steps_of_a_list_are_parts_of_training_too():
+    methods = "methods=[{type: lossy_threshold, norm: 'l0:0.05', double_at: [2 epochs, 50%, 70]}]"
+    (method,) = parse_recipe("t", TEXT, [methods]).build_methods(100, 10, 0)
+    assert method.double_at == [20, 50, 70]
+    assert as_penalty(method.norm) == L0(0.05)
+    with pytest.raises(ConfigurationError, match=r"double_at: got '5 days'"):
+        parse_recipe("t", TEXT, ["methods=[{type: lossy_threshold, double_at: [5 days]}]"]).build_methods(100, 10, 0)
 
 
 def test_seeds_can_be_replaced_by_valid_ones_only():

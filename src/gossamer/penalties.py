@@ -6,6 +6,7 @@ while the tensor is being made, a part at a time. `TERMS` says what is summed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -97,16 +98,20 @@ PENALTIES: dict[str, Callable[[], Penalty]] = {"l0": L0, "l1": L1, "l2": L2, "ho
 
 
 def as_penalty(penalty: str | Penalty, name: str = "penalty") -> Penalty:
-    """Look up a penalty by name; one that is given is returned as it is. `name` is what the argument is called.
+    """Look up a penalty by name, `"l0:0.05"` for L0 with `b = 0.05`; one that is given is returned as it is.
+
+    `name` is what the argument is called.
 
     Raises:
-        ConfigurationError: An unknown name.
+        ConfigurationError: An unknown name, or a `b` out of range.
     """
     if isinstance(penalty, Penalty):
         return penalty
+    if isinstance(penalty, str) and (smoothing := re.fullmatch(r"l0:(\d+\.?\d*(?:e-?\d+)?)", penalty)):
+        return L0(float(smoothing[1]))
     if not isinstance(penalty, str) or penalty not in PENALTIES:
         raise ConfigurationError(
-            f"{name}: got {penalty!r}; allowed are {', '.join(map(repr, PENALTIES))}, or a gossamer.penalties.Penalty"
-            + closest(str(penalty), PENALTIES)
+            f"{name}: got {penalty!r}; allowed are {', '.join(map(repr, PENALTIES))}, 'l0:B' with its b, or a "
+            "gossamer.penalties.Penalty" + closest(str(penalty), PENALTIES)
         )
     return PENALTIES[penalty]()

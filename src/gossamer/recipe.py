@@ -14,6 +14,7 @@ import torch
 from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 from torch import nn, optim
 
+from gossamer.activations import METHODS as ACTIVATION_METHODS
 from gossamer.checks import MAX_SEED, closest
 from gossamer.data import IMAGE_FOLDER
 from gossamer.errors import ConfigurationError
@@ -23,7 +24,7 @@ from gossamer.optimizers import REFUSED
 from gossamer.schedule import EpochPeriods
 from gossamer.section import Named, Section, describe, key_in, refuse, refuse_other_kind, refuse_unknown
 from gossamer.source import Source, dump
-from gossamer.weights import METHODS
+from gossamer.weights import METHODS as WEIGHT_METHODS
 
 OPTIMIZERS: dict[str, type[optim.Optimizer]] = {
     name: value
@@ -32,8 +33,8 @@ OPTIMIZERS: dict[str, type[optim.Optimizer]] = {
 }
 """Every `torch.optim` class that masks work with, by name."""
 
-STEPS = ("begin", "end", "every", "until")
-"""Arguments of methods that count optimizer steps, and may be given as "75%" of training or "30 epochs"."""
+METHODS: dict[str, type[Method]] = WEIGHT_METHODS | ACTIVATION_METHODS
+"""Every method by the name it has in recipes and saved states."""
 
 CAPTURED = ("capturable", "differentiable")
 """Arguments of optimizers that are for CUDA graphs and for gradients through a step, which a run has no use for."""
@@ -58,14 +59,16 @@ class DataRecipe(Section):
     """The data set and its batches: images an optimizer step sees are `batch_size` × `accumulate`.
 
     `validation` is the number of training images held out, the same ones for every seed; `None` for the data set's
-    default. Of text, `batch_size` is the number of parallel streams, `length` that of characters of each in a batch,
-    and `validation` counts characters too; see `gossamer.data.StreamLoader`.
-    `root`, `image_size` and `workers` are for a folder of images; see `gossamer.data.load_image_folder`.
+    default. Of the rest `train` are trained on; `None` for all. Of text, `batch_size` is the number of parallel
+    streams, `length` that of characters of each in a batch, and `validation` counts characters too; see
+    `gossamer.data.StreamLoader`. `root`, `image_size` and `workers` are for a folder of images; see
+    `gossamer.data.load_image_folder`.
     """
 
     name: str
     batch_size: _Count = 128
     validation: _CountOrZero | None = None
+    train: _Count | None = None
     length: _Count | None = None
     augment: AugmentRecipe | None = None
     root: str | None = None
@@ -83,6 +86,10 @@ class DataRecipe(Section):
         for key in ("root", "image_size", "workers"):
             if self.name != IMAGE_FOLDER and getattr(self, key) is not None:
                 refuse(key, f"is for {IMAGE_FOLDER}, a folder of images, and not for {self.name!r}; leave it out")
+        if self.name == IMAGE_FOLDER and self.train is not None:
+            refuse(
+                "train", f"is not for {IMAGE_FOLDER}; give a folder with fewer images, or hold out more with validation"
+            )
         return self
 
 
@@ -127,7 +134,7 @@ class OptimizerRecipe(Named):
 
 
 class MethodRecipe(Named):
-    """A method and its arguments; the values named in `STEPS` may be "75%" or "30 epochs" instead of steps."""
+    """A method and its arguments; the values named in its `steps` may be "75%" or "30 epochs" instead of steps."""
 
     type: str
 
@@ -135,7 +142,7 @@ class MethodRecipe(Named):
     def _check(self) -> MethodRecipe:
         if self.type not in METHODS:
             refuse("type", f"no method {self.type!r}{closest(self.type, METHODS)}; allowed are {', '.join(METHODS)}")
-        parameters = inspect.signature(METHODS[self.type]).parameters
+        parameters, counts = inspect.signature(METHODS[self.type]).parameters, METHODS[self.type].steps
         refuse_unknown(self.arguments, parameters)
         for name, parameter in parameters.items():
             if parameter.default is inspect.Parameter.empty and name not in self.arguments:
@@ -143,8 +150,8 @@ class MethodRecipe(Named):
         try:
             self.build(_MANY, _MANY // 1000, 0)
         except (ConfigurationError, TypeError, ValueError) as error:
-            key = key_in(str(error), [*self.arguments, *STEPS])
-            if key not in STEPS:  # those can be judged when the length of the run is known
+            key = key_in(str(error), [*self.arguments, *counts])
+            if key not in counts:  # those can be judged when the length of the run is known
                 refuse(key, str(error))
         return self
 
@@ -157,7 +164,7 @@ class MethodRecipe(Named):
         arguments = dict(self.arguments)
         if "seed" in inspect.signature(METHODS[self.type]).parameters:
             arguments.setdefault("seed", seed)
-        for name in STEPS:
+        for name in METHODS[self.type].steps:
             if name in arguments:
                 arguments[name] = _resolve(name, arguments[name], steps, steps_per_epoch)
         return METHODS[self.type](**arguments)
@@ -317,4 +324,6 @@ def _resolve(name: str, value: Any, steps: int, steps_per_epoch: int) -> Any:
             return EpochPeriods(**value, steps_per_epoch=steps_per_epoch)
         except ConfigurationError as error:
             raise ConfigurationError(f"every: {error}") from None
+    if isinstance(value, list):
+        return [_resolve(name, each, steps, steps_per_epoch) for each in value]
     return value

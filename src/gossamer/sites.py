@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -80,8 +80,9 @@ def select_sites(
     Args:
         model: The model, before any wrapper.
         selection: `None` for the default (`DEFAULT`); a glob over module names (`"layer1.*"`; one that starts with `!`
-            excludes); a module type; a predicate; or a sequence of these. Globs choose among the default modules, an
-            exact name or a predicate any module that is called, a type those of that type. See `called_modules`.
+            excludes); a module type; a predicate; or a sequence of these. A glob chooses among the default modules, and
+            where it matches none of them (`"*relu*"`) among all that contain no others; an exact name or a predicate
+            any module that is called, a type those of that type. See `called_modules`.
         logits: Whether globs, types and the default may choose the last of the default modules too. It makes the logits
             of a classifier, which are no activations.
         default: The default modules.
@@ -114,22 +115,15 @@ def _choose(
     chosen: set[str] = set()
     excluded: set[str] = set()
     only_exclusions = bool(parts)
+    leaves = [name for name, module in called.items() if name not in last and not any(module.children())]
     for part in parts:
         excludes = isinstance(part, str) and part.startswith("!")
         if isinstance(part, str):
             pattern = part.removeprefix("!")
             hits = {pattern} if pattern in called else {name for name in eligible if matches(name, pattern)}
+            hits = hits or {name for name in leaves if matches(name, pattern)}
             if not hits:
-                others = [name for name in called if matches(name, pattern)]
-                raise ConfigurationError(
-                    f"sites: {part!r} matches no {default.words}"
-                    + (
-                        f"; it does match {others[0]} ({type(called[others[0]]).__name__}): name it exactly, or give "
-                        "its type"
-                        if others
-                        else closest(pattern, called)
-                    )
-                )
+                raise ConfigurationError(f"sites: {part!r} matches no module{_hint(pattern, called, eligible, last)}")
         elif isinstance(part, type) and issubclass(part, nn.Module):
             kind: type[nn.Module] = part
             hits = {name for name, module in called.items() if isinstance(module, kind) and name not in last}
@@ -150,3 +144,12 @@ def _choose(
             chosen |= hits
             only_exclusions = False
     return (set(eligible) if only_exclusions else chosen) - excluded
+
+
+def _hint(pattern: str, called: Collection[str], eligible: Sequence[str], last: Sequence[str]) -> str:
+    """What to write instead of a glob that matches nothing."""
+    if any(matches(name, pattern) for name in last):
+        return f" but {last[0]}, which makes the logits; name it exactly to take it"
+    if within := [name for name in eligible if matches(name, f"{pattern}.*")]:
+        return f" that contains no others; within it are {', '.join(within[:3])}{', ...' * (len(within) > 3)}"
+    return closest(pattern, called)

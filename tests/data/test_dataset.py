@@ -47,6 +47,22 @@ def test_impossible_validation_splits_are_refused(validation):
         data.load("digits", validation=validation)
 
 
+def test_fewer_images_are_trained_on_where_asked_each_class_in_proportion():
+    digits, all_of_them = data.load("digits", train=200), data.load("digits")
+    assert torch.equal(digits.validation.images, all_of_them.validation.images)
+    assert len(digits.train) == 200
+    known = {image.numpy().tobytes() for image in all_of_them.train.images}
+    assert all(image.numpy().tobytes() in known for image in digits.train.images)
+    shares = [torch.bincount(part.train.labels) / len(part.train) for part in (digits, all_of_them)]
+    assert (shares[0] - shares[1]).abs().max() < 1 / 200
+
+
+@pytest.mark.parametrize("train", [0, 1294, True, 0.5])
+def test_impossible_numbers_of_images_to_train_on_are_refused(train):
+    with pytest.raises(ConfigurationError, match=rf"train={train} of digits; expected .* from 1 to 1293"):
+        data.load("digits", train=train)
+
+
 @given(
     labels=st.lists(st.integers(0, 4), min_size=2, max_size=80),
     share=st.floats(0, 1, exclude_max=True),

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from gossamer import ConfigurationError, zoo
+from gossamer.nn import SparseBatchNorm
 from gossamer.targets import parameter_count, select
 
 # One line of the published table for WRN-28-2: elements of the two convolutions of each block, stage by stage.
@@ -44,6 +45,56 @@ def test_wrn_28_2_has_the_published_parameters_in_sparse_and_dense_tensors():
 )
 def test_cifar_resnet_has_the_parameters_of_option_a(depth, total):
     assert parameter_count(zoo.cifar_resnet(depth)) == total
+
+
+@pytest.mark.parametrize("kind", ["structured", "static", "dynamic"])
+@pytest.mark.parametrize("quarters", [1, 2, 3])
+def test_spatial_bottlenecks_keep_so_many_quarters_of_what_the_first_convolution_of_each_block_gives(kind, quarters):
+    torch.manual_seed(0)
+    model = zoo.cifar_resnet(20, spatial_bottleneck=kind, quarters=quarters)
+    plain = zoo.cifar_resnet(20)
+    assert {name for name, _ in plain.named_parameters()} == {name for name, _ in model.named_parameters()}
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, SparseBatchNorm)}
+    assert len(norms) == 9
+    seen = {}
+    for name, norm in norms.items():
+        norm.register_forward_hook(lambda _, inputs, y, name=name: seen.update({name: (y != 0).any(0).any(0)}))
+    masks = []
+    for _ in range(2):
+        model(torch.randn(8, 3, 32, 32))
+        masks.append(dict(seen))
+    for name, mask in masks[0].items():
+        assert int(mask.sum()) == mask.numel() * quarters // 4
+        assert torch.equal(mask, masks[1][name]) == (kind != "dynamic")
+        corner = [[1, quarters == 3], [0, quarters > 1]]
+        assert kind != "structured" or mask[:2, :2].tolist() == corner
+    if kind != "structured":  # each block has positions of its own
+        assert not torch.equal(masks[0]["stage1.0.norm1"], masks[0]["stage1.1.norm1"])
+    model.eval()
+    model(torch.randn(8, 3, 32, 32))
+    assert all(bool(mask.all()) == (kind == "dynamic") for mask in seen.values())
+
+
+def test_spatial_bottlenecks_follow_torchs_seed_and_the_size_of_the_images():
+    built = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        built.append(zoo.build("cifar_resnet", depth=8, spatial_bottleneck="static", quarters=1, image_size=25))
+    assert torch.equal(built[0].stage3[0].norm1.activation.mask, built[1].stage3[0].norm1.activation.mask)
+    assert built[0](torch.randn(2, 3, 25, 25)).shape == (2, 10)
+    assert zoo.arguments("cifar_resnet", (3, 25, 25), 10)["image_size"] == 25
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"spatial_bottleneck": "random"}, "'random'; allowed are structured, static, dynamic"),
+        ({"quarters": 4}, "got 4"),
+    ],
+)
+def test_impossible_bottlenecks_are_refused(arguments, named):
+    with pytest.raises(ConfigurationError, match=f"cifar_resnet: .*{named}"):
+        zoo.cifar_resnet(20, **arguments)
 
 
 def test_resnet_20_has_the_published_number_of_masked_weights():

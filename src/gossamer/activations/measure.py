@@ -18,13 +18,13 @@ from gossamer.activations.macs import LAYERS, MacCounter
 from gossamer.activations.measurements import ActivationMeasurements, fraction
 from gossamer.checks import check_boolean
 from gossamer.errors import ConfigurationError
-from gossamer.nn.lossy import LossyHardSparsifier, LossySparsifier, hard_threshold, lossy_threshold
+from gossamer.nn.lossy import FATReLU, LossyHardSparsifier, LossySparsifier, hard_threshold, lossy_threshold
 from gossamer.nn.masked import SparseActivation, SparseBatchNorm, SparseSyncBatchNorm
 from gossamer.sites import Kind, Site, SiteSelection, called_modules, select_sites
 
 _PROBABILITIES = ("MultiheadAttention", "Softmax", "Softmax2d", "Softmin", "LogSoftmax")
 _FUNCTIONS = [name for name in nn.modules.activation.__all__ if name not in _PROBABILITIES]
-_THRESHOLDS = (LossySparsifier, LossyHardSparsifier)
+_THRESHOLDS = (LossySparsifier, LossyHardSparsifier, FATReLU)
 _POSITIONS = (SparseActivation, SparseBatchNorm, SparseSyncBatchNorm)
 
 SITES = Kind(

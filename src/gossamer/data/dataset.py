@@ -114,6 +114,7 @@ def load(
     root: str | os.PathLike[str] | None = None,
     *,
     validation: int | None = None,
+    train: int | None = None,
     seed: int = 0,
     download: bool = True,
 ) -> Dataset:
@@ -125,12 +126,14 @@ def load(
         validation: Training images set apart for validation, each class in its proportion: `None` for the data
             set's usual number (5,000; 144 of the digits), 0 to train on all. Of text, a number of characters, see
             `gossamer.data.text.divide` (Shakespeare: 252,862, a twentieth).
+        train: Images that are trained on, out of the rest, each class in its proportion: `None` for all.
         seed: Seed of the `torch.Generator` that chooses them. It does not depend on the run's seed, so that runs
             with different seeds are compared on the same split.
         download: Whether to fetch what is missing or damaged (see `fetch`) or to refuse.
 
     Raises:
-        ConfigurationError: No data set has this name, or `validation` is not between 0 and the training data.
+        ConfigurationError: No data set has this name, `validation` is not between 0 and the training data, or `train`
+            not between 1 and the rest, or given for text.
         DataError: A file is missing or damaged and could not be fetched, or `download` is false.
     """
     entry = find(name)
@@ -142,6 +145,8 @@ def load(
     raw = entry.read(place)
     count = entry.validation if validation is None else validation
     if isinstance(raw, RawText):
+        if train is not None:
+            raise ConfigurationError(f"data: train={train!r} of {name}, which is text; it is for images")
         try:
             parts = divide(raw, count)
         except ConfigurationError as error:
@@ -151,16 +156,22 @@ def load(
     def split(images: Tensor, labels: Tensor) -> Split:
         return Split(images, labels, entry.mean, entry.std, entry.maximum)
 
-    train = split(raw.images, raw.labels)
+    rest = split(raw.images, raw.labels)
     if raw.test_images is None or raw.test_labels is None:
-        train, test = set_apart(train, DIGITS_TEST, DIGITS_TEST_SEED)
+        rest, test = set_apart(rest, DIGITS_TEST, DIGITS_TEST_SEED)
     else:
         test = split(raw.test_images, raw.test_labels)
-    check_validation(count, name, len(train))
+    check_validation(count, name, len(rest))
     held = None
     if count:
-        train, held = set_apart(train, count, seed)
-    return Dataset(name, entry.classes, entry.shape, entry.mean, entry.std, train, held, test)
+        rest, held = set_apart(rest, count, seed)
+    if train is not None:
+        if isinstance(train, bool) or not isinstance(train, int) or not 1 <= train <= len(rest):
+            raise ConfigurationError(
+                f"data: train={train!r} of {name}; expected a number of images from 1 to {len(rest)}"
+            )
+        _, rest = set_apart(rest, train, seed)
+    return Dataset(name, entry.classes, entry.shape, entry.mean, entry.std, rest, held, test)
 
 
 def check_validation(count: object, name: str, size: int) -> None:

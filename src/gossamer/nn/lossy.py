@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import repeat
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -218,6 +218,9 @@ class _Work:
         return torch.stack(sums).sum(0).reshape(-1)
 
 
+_Hard = TypeVar("_Hard", "LossyHardSparsifier", "FATReLU")
+
+
 class LossySparsifier(nn.Module):
     """A learned, smoothed hard threshold on activations: `x·(σ(a(x − |eps|)) + σ(−a(x + |eps|)))`.
 
@@ -255,9 +258,18 @@ class LossySparsifier(nn.Module):
 
     def hard(self) -> LossyHardSparsifier:
         """The hard threshold that this one approaches, with a copy of its values."""
-        result = LossyHardSparsifier(channels=None if len(self.eps) == 1 else len(self.eps), dim=self.dim)
-        result.eps.data = self.eps.detach().clone()
-        return result.train(self.training)
+        return self._give(LossyHardSparsifier(channels=self._channels(), dim=self.dim))
+
+    def relu(self) -> FATReLU:
+        """The hard threshold with a ReLU after it, as one."""
+        return self._give(FATReLU(channels=self._channels(), dim=self.dim))
+
+    def _give(self, made: _Hard) -> _Hard:
+        made.eps = self.eps.detach().clone()
+        return made.train(self.training)
+
+    def _channels(self) -> int | None:
+        return None if len(self.eps) == 1 else len(self.eps)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         _read_scalar(state_dict, f"{prefix}eps")
@@ -318,6 +330,43 @@ class LossyHardSparsifier(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         _read_scalar(state_dict, f"{prefix}eps")
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        return f"thresholds={len(self.eps)}"
+
+
+class FATReLU(nn.Module):
+    """`x` where `x > |eps|`, else 0: a ReLU with a threshold (FATReLU: Kurtz et al., 2020), as one operation.
+
+    It is what `LossyHardSparsifier` and a ReLU after it compute together.
+
+    Args:
+        eps: The threshold.
+        channels: Number of channels, each of which then has a threshold of its own; `None` for one in all.
+        dim: The dimension that runs over channels.
+
+    Attributes:
+        eps: The threshold, `(1,)` or `(channels,)`, a buffer; its absolute value counts.
+
+    Raises:
+        ConfigurationError: An argument out of range.
+    """
+
+    eps: Tensor
+
+    def __init__(self, eps: float = 0.0, *, channels: int | None = None, dim: int = 1) -> None:
+        super().__init__()
+        check_number("eps", eps, float("-inf"), float("inf"))
+        if channels is not None:
+            check_integer("channels", channels, at_least=1)
+        self.register_buffer("eps", torch.full((channels or 1,), float(eps)))
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The activations of `x`, of its shape and type, a new tensor; NaN stays."""
+        _check(x, self.eps, self.dim)
+        return torch.where(x <= _along(self.eps.abs().to(x.dtype), x.dim(), self.dim), torch.zeros_like(x), x)
 
     def extra_repr(self) -> str:
         """What `print` shows."""

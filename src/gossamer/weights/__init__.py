@@ -8,6 +8,6 @@ from gossamer.weights.set import SET
 from gossamer.weights.static import Static
 
 METHODS: dict[str, type[Method]] = {method.name: method for method in (DSR, GMP, RigL, SET, Static)}
-"""Every method by the name it has in recipes and saved states."""
+"""Every one by the name it has in recipes and saved states."""
 
 __all__ = ["DSR", "GMP", "METHODS", "SET", "RigL", "Static"]

@@ -1,13 +1,18 @@
-"""The residual networks for CIFAR of He, Zhang, Ren & Sun 2016 (CVPR), section 4.2."""
+"""The residual networks for CIFAR of He, Zhang, Ren & Sun 2016 (CVPR), section 4.2, and spatial bottlenecks in them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gossamer.checks import check_integer
 from gossamer.errors import ConfigurationError
+from gossamer.nn import SparseActivation, SparseBatchNorm
 from gossamer.zoo._layers import check_sizes, conv3x3, initialise_residual, scaled
 
 
@@ -26,12 +31,15 @@ class PaddedShortcut(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions, each with batch norm, added to the shortcut before the last ReLU."""
+    """Two 3×3 convolutions, each with batch norm, added to the shortcut before the last ReLU.
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    With a mask what the first convolution gives is zero but for the positions that it keeps.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int, mask: SparseActivation | None = None) -> None:
         super().__init__()
         self.conv1 = conv3x3(inputs, outputs, stride)
-        self.norm1 = nn.BatchNorm2d(outputs)
+        self.norm1 = nn.BatchNorm2d(outputs) if mask is None else SparseBatchNorm(outputs, mask)
         self.relu1 = nn.ReLU()
         self.conv2 = conv3x3(outputs, outputs)
         self.norm2 = nn.BatchNorm2d(outputs)
@@ -52,14 +60,21 @@ class CifarResNet(nn.Module):
 
     SPARSE_TARGETS: ClassVar[tuple[str, ...]] = ("*conv*.weight",)
 
-    def __init__(self, blocks: int, channels: tuple[int, int, int], in_channels: int, classes: int) -> None:
+    def __init__(
+        self,
+        blocks: int,
+        channels: tuple[int, int, int],
+        in_channels: int,
+        classes: int,
+        masks: Callable[[int], SparseActivation | None] = lambda stage: None,
+    ) -> None:
         super().__init__()
         self.conv = conv3x3(in_channels, channels[0])
         self.norm = nn.BatchNorm2d(channels[0])
         self.relu = nn.ReLU()
-        self.stage1 = _stage(blocks, channels[0], channels[0], 1)
-        self.stage2 = _stage(blocks, channels[0], channels[1], 2)
-        self.stage3 = _stage(blocks, channels[1], channels[2], 2)
+        self.stage1 = _stage(blocks, channels[0], channels[0], 1, partial(masks, 0))
+        self.stage2 = _stage(blocks, channels[0], channels[1], 2, partial(masks, 1))
+        self.stage3 = _stage(blocks, channels[1], channels[2], 2, partial(masks, 2))
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(channels[2], classes)
         initialise_residual(self)
@@ -72,27 +87,66 @@ class CifarResNet(nn.Module):
         return out
 
 
-def _stage(blocks: int, inputs: int, outputs: int, stride: int) -> nn.Sequential:
-    first = BasicBlock(inputs, outputs, stride)
-    return nn.Sequential(first, *(BasicBlock(outputs, outputs, 1) for _ in range(blocks - 1)))
+def _stage(
+    blocks: int, inputs: int, outputs: int, stride: int, mask: Callable[[], SparseActivation | None]
+) -> nn.Sequential:
+    first = BasicBlock(inputs, outputs, stride, mask())
+    return nn.Sequential(first, *(BasicBlock(outputs, outputs, 1, mask()) for _ in range(blocks - 1)))
 
 
-def cifar_resnet(depth: int = 20, width: float = 1.0, in_channels: int = 3, classes: int = 10) -> CifarResNet:
+def cifar_resnet(
+    depth: int = 20,
+    width: float = 1.0,
+    in_channels: int = 3,
+    classes: int = 10,
+    *,
+    spatial_bottleneck: str | None = None,
+    quarters: int = 2,
+    image_size: int = 32,
+) -> CifarResNet:
     """Build ResNet-`depth` for 32×32 images: 16, 32 and 64 channels, shortcuts without parameters (option A).
 
     ResNet-20 has 269,722 parameters, 267,696 of them in the convolutions (`SPARSE_TARGETS`).
+
+    With a spatial bottleneck, what the first convolution of every block gives is computed at some positions only, and
+    zero elsewhere; the first batch norm normalises those (Peng et al., 2018, for the regular positions).
 
     Args:
         depth: Layers with weights, 6n + 2: 20, 32, 44, 56 or 110 in the paper.
         width: Multiplier of the channels, > 0; below 1 for a thin dense baseline.
         in_channels: Channels of the images.
         classes: Number of logits.
+        spatial_bottleneck: `"structured"` for the positions of a checkerboard, `"static"` for random ones, `"dynamic"`
+            for random ones that change with every forward pass in training, while evaluation is dense, scaled by the
+            fraction kept. Each block has its own. `None` for none.
+        quarters: Fourths of the positions that are kept: 1, 2 or 3.
+        image_size: Height and width of the images, which the positions depend on.
 
     Raises:
-        ConfigurationError: A size that is not positive, or a depth that is not 6n + 2.
+        ConfigurationError: A size that is not positive, a depth that is not 6n + 2, an unknown bottleneck.
     """
-    check_sizes("cifar_resnet", width=width, depth=depth, in_channels=in_channels, classes=classes)
+    check_sizes(
+        "cifar_resnet", width=width, depth=depth, in_channels=in_channels, classes=classes, image_size=image_size
+    )
     if depth < 8 or (depth - 2) % 6:
         raise ConfigurationError(f"cifar_resnet: depth={depth}; expected 6n + 2, n ≥ 1: 20, 32, 44, 56, 110")
     channels = (scaled(16, width), scaled(32, width), scaled(64, width))
-    return CifarResNet((depth - 2) // 6, channels, in_channels, classes)
+    if spatial_bottleneck not in (None, *_BOTTLENECKS):
+        raise ConfigurationError(
+            f"cifar_resnet: spatial_bottleneck={spatial_bottleneck!r}; allowed are {', '.join(_BOTTLENECKS)} and None"
+        )
+    check_integer("cifar_resnet: quarters", quarters, at_least=1, at_most=3)
+
+    def mask(stage: int) -> SparseActivation | None:
+        if spatial_bottleneck is None:
+            return None
+        size = -(-image_size // 2**stage)
+        if spatial_bottleneck == "structured":
+            return SparseActivation(size, quarters=quarters)
+        seed = int(torch.randint(1 << 62, ()))
+        return SparseActivation(size, density=quarters / 4, dynamic=spatial_bottleneck == "dynamic", seed=seed)
+
+    return CifarResNet((depth - 2) // 6, channels, in_channels, classes, mask)
+
+
+_BOTTLENECKS = ("structured", "static", "dynamic")
