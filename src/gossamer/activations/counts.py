@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from gossamer.activations.lossy import CHILD
 from gossamer.activations.measurements import fraction
-from gossamer.nn.lossy import LossyHardSparsifier, LossySparsifier
+from gossamer.nn.lossy import FATReLU, LossyHardSparsifier, LossySparsifier
+
+THRESHOLDS = (LossySparsifier, LossyHardSparsifier, FATReLU)
+"""The modules with thresholds `|eps|`."""
 
 SAMPLE_BINS = 20
 """Bins of samples' fractions of zeros."""
@@ -128,7 +131,7 @@ def split_samples(x: Tensor) -> Iterator[Tensor]:
 def thresholds(module: nn.Module) -> list[float]:
     """Those of a learned threshold, or of the one that a module has; else none."""
     for each in (module, module._modules.get(CHILD)):
-        if isinstance(each, LossySparsifier | LossyHardSparsifier):
+        if isinstance(each, THRESHOLDS):
             found: list[float] = each.eps.detach().abs().tolist()
             return found
     return []

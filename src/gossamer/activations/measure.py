@@ -12,23 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.activations.counts import SiteCounter
+from gossamer.activations.counts import THRESHOLDS, SiteCounter
 from gossamer.activations.lossy import CHILD
 from gossamer.activations.macs import LAYERS, MacCounter
 from gossamer.activations.measurements import ActivationMeasurements, fraction
 from gossamer.checks import check_boolean
 from gossamer.errors import ConfigurationError
-from gossamer.nn.lossy import FATReLU, LossyHardSparsifier, LossySparsifier, hard_threshold, lossy_threshold
+from gossamer.nn.lossy import LossySparsifier, hard_threshold, lossy_threshold
 from gossamer.nn.masked import SparseActivation, SparseBatchNorm, SparseSyncBatchNorm
 from gossamer.sites import Kind, Site, SiteSelection, called_modules, select_sites
 
 _PROBABILITIES = ("MultiheadAttention", "Softmax", "Softmax2d", "Softmin", "LogSoftmax")
 _FUNCTIONS = [name for name in nn.modules.activation.__all__ if name not in _PROBABILITIES]
-_THRESHOLDS = (LossySparsifier, LossyHardSparsifier, FATReLU)
 _POSITIONS = (SparseActivation, SparseBatchNorm, SparseSyncBatchNorm)
 
 SITES = Kind(
-    (*(getattr(nn, name) for name in _FUNCTIONS), *_THRESHOLDS, *_POSITIONS),
+    (*(getattr(nn, name) for name in _FUNCTIONS), *THRESHOLDS, *_POSITIONS),
     "activation function, threshold or mask of positions",
 )
 """The modules whose outputs are measured without being named."""
@@ -123,7 +122,7 @@ def _default_sites(called: Mapping[str, nn.Module]) -> list[Site]:
     return [
         Site(name, module)
         for name, module in called.items()
-        if isinstance(module, SITES.types) and not isinstance(module._modules.get(CHILD), _THRESHOLDS)
+        if isinstance(module, SITES.types) and not isinstance(module._modules.get(CHILD), THRESHOLDS)
     ]
 
 
@@ -227,7 +226,7 @@ def _count_site(
             f"{name}: gives {what}, and only tensors of floating point are measured; leave it out with "
             f"sites=['!{name}', ...], or name modules within it"
         )
-    per_channel = isinstance(module, LossySparsifier | LossyHardSparsifier) and len(module.eps) > 1
+    per_channel = isinstance(module, THRESHOLDS) and len(module.eps) > 1
     counter.add(output, int(module.dim) if per_channel else channels.dim)  # type: ignore[arg-type]
 
 
