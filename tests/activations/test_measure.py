@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+from collections import namedtuple
 from collections.abc import Iterator
 from itertools import pairwise, product
 from typing import Any
@@ -300,7 +301,7 @@ def test_one_image_without_a_batch_counts_as_a_batch_of_one() -> None:
     assert single == layer_row(gs.measure_activations(net, [(x.unsqueeze(0), 0)]), "0")
 
 
-@pytest.mark.parametrize("name", ["AlexNet", "ResNet18", "MobileNet_V2"])
+@pytest.mark.parametrize("name", ["SqueezeNet1_1", "ResNet18", "MobileNet_V2"])
 def test_products_of_known_networks_are_those_published(name: str) -> None:
     models = import_torchvision().models
     published = getattr(models, f"{name}_Weights").DEFAULT.meta["_ops"]  # 10⁹, with those of padding
@@ -550,6 +551,8 @@ def test_batches_of_one_input_with_labels_and_without_and_a_forward_of_ones_own(
     assert gs.measure_activations(net, [(x, torch.zeros(5))]) == expected
     assert gs.measure_activations(net, [[x]]) == expected
     assert gs.measure_activations(net, [("name", x)], forward=lambda model, batch: model(batch[1])) == expected
+    pair = namedtuple("pair", "name image")
+    assert gs.measure_activations(net, [pair("name", x)], forward=lambda model, batch: model(batch.image)) == expected
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------

@@ -83,19 +83,18 @@ def measure_activations(
             f"sites: {type(model).__name__} calls no {SITES.words}, and no convolution, linear or bilinear layer; name "
             "others exactly, or give a type or a predicate"
         )
-    device = next((each.device for each in chain(model.parameters(), model.buffers())), None)
+    devices = [each.device for each in chain(model.parameters(), model.buffers())]
     batches = 0
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         if "torch._dynamo" in sys.modules:  # its import takes seconds, and nothing was compiled without it
             stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code would pass over the hooks
-        cuda = [device] if device is not None and device.type == "cuda" else []
-        stack.enter_context(torch.random.fork_rng(cuda))
+        stack.enter_context(torch.random.fork_rng({device for device in devices if device.type == "cuda"}))
         stack.enter_context(_evaluating(model))
         stack.enter_context(_gates(called, hard))
         stack.enter_context(_hooks(called, counters, layers))
         for batch in loader:
-            (forward or _forward)(model, _moved(batch, device))
+            (forward or _forward)(model, _moved(batch, devices[0] if devices else None))
             batches += 1
     if not batches:
         raise ConfigurationError("loader: gave no batch; give one that has data left")
@@ -141,12 +140,17 @@ def _forward(model: nn.Module, batch: Any) -> Any:
 
 
 def _moved(batch: Any, device: torch.device | None) -> Any:
-    """A batch with its tensors on the model's device."""
+    """A batch with its tensors on the model's device, of the same types."""
+    if device is None:
+        return batch
+    if hasattr(batch, "to"):  # tensors, and what holds them in a way of its own
+        return batch.to(device)
     if isinstance(batch, Mapping):
         return {key: _moved(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple | list):
-        return [_moved(value, device) for value in batch]
-    return batch.to(device) if isinstance(batch, Tensor) else batch
+        moved = [_moved(value, device) for value in batch]
+        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
+    return batch
 
 
 @contextmanager

@@ -33,8 +33,8 @@ class ActivationMeasurements:
             - `samples`: over samples, each at each call, `count`, and of their fractions of zeros `mean`, `std` (of
               the population), `min`, `max`, and `histogram`, counts in bins of equal width from 0 to 1.
             - `thresholds`: where the site is a learned threshold `|eps|`, one or one for each channel, else empty.
-            - `histogram`: `edges` of magnitudes, four to an octave, and how many values are within them, `negative` and
-              `positive`; zeros and values that are not finite are not among them.
+            - `histogram`: `edges` of magnitudes in single precision, four to an octave, and how many values are from
+              one on and below the next, `negative` and `positive`; zeros and what is not finite are not among them.
         layers: For each layer with weights, a row of what entered it: `name`, `type`, `calls`, `never_called`,
             `elements`, `zeros`, `sparsity`; `macs`, its multiply-accumulates with elements of the input; `saved_macs`,
             those with a zero, and `saved`, the fraction; `padding_macs`, those with padded zeros or cropped, not among
