@@ -346,6 +346,17 @@ def test_a_state_of_the_class_of_torch_is_loaded() -> None:
     assert not net_2(x).equal(Net()(x))
 
 
+def test_a_mask_is_not_the_tensor_that_the_function_returned() -> None:
+    given = torch.ones(3, 4, 4)
+    net = Net()
+    sparsifier = ActivationSparsifier(net, add, mean, lambda x: given)
+    sparsifier.register_layer(net.conv)
+    net(batch(0))
+    sparsifier.step()
+    given.zero_()
+    assert sparsifier.get_mask("conv").equal(torch.ones(3, 4, 4))
+
+
 def test_a_copy_of_the_model_alone_is_masked() -> None:
     net, sparsifier = make()
     net(batch(0))

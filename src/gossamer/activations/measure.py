@@ -54,8 +54,8 @@ def measure_activations(
     their compilation; afterwards it is as it was, and so is torch's random state. Hooks of others run as ever.
 
     Dimension 0 is that of samples. Channels lie along dimension 1 of what convolutions, batch norms, masks of positions
-    and k-winners give, and along the last dimension for linear and bilinear layers, layer norms and embeddings; other sites
-    have theirs where the last of these layers that ran before them has.
+    and k-winners give, and along the last dimension for linear and bilinear layers, layer norms and embeddings; other
+    sites have theirs where the last of these layers that ran before them has.
 
     Args:
         model: The model, attached, finalized or plain.
