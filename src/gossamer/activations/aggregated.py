@@ -88,8 +88,8 @@ class ActivationSparsifier:
         """Begin to aggregate what enters layers of the model.
 
         Args:
-            sites: Which, as in `gossamer.sites.select_sites`, the last one too; `None` for all convolutions and linear
-                layers.
+            sites: Which, as in `gossamer.sites.select_sites`, the last one too; `None` for every convolution, linear,
+                bilinear or identity module.
             options: As of `register_layer`, for all of them.
 
         Returns:
