@@ -256,5 +256,5 @@ def test_a_sharpness_that_is_not_above_zero_is_refused(a):
         lambda: gs.nn.LossySparsifier(a=a),
         lambda: gs.nn.LossyHardSparsifier(a=a),
     ):
-        with pytest.raises(gs.ConfigurationError, match="^a: "):
+        with pytest.raises(gs.ConfigurationError, match=r"^a: "):
             make()
