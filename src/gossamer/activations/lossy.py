@@ -107,14 +107,7 @@ class LossyThreshold(Method):
         """See `Method.bind`."""
         self.placed = select_sites(model, self.sites, logits=self.logits)
         for site in self.placed:
-            if CHILD in site.module._modules:
-                raise OrderError(
-                    f"{site.name}: has a threshold already; call finalize() or detach() on the handle that put it there"
-                )
-            if isinstance(site.module, nn.Sequential):
-                raise ConfigurationError(
-                    f"{site.name}: a Sequential would call the threshold as one of its modules; name its last module"
-                )
+            check_free(site)
         self._channels = [_channels(site, self.position) if self.per_channel else (None, 1) for site in self.placed]
         self._strengths = [self._strength_of(site) for site in self.placed]
         self._told = self.sharpness
@@ -123,15 +116,8 @@ class LossyThreshold(Method):
         """See `Method.install`."""
         for site, (channels, dim) in zip(self.placed, self._channels, strict=True):
             sparsifier = PlacedSparsifier(self.eps, self.sharpness, channels=channels, dim=dim)
-            sparsifier.place(site.name, self._penalty, self.hard)
-            reference = next(site.module.parameters(), None)
-            if reference is not None:
-                sparsifier.to(reference.device)
-            site.module.add_module(CHILD, sparsifier)
-            if self.position == "after":
-                site.module.register_forward_hook(_after)
-            else:
-                site.module.register_forward_pre_hook(_before)
+            sparsifier.remember_for(self._penalty, self.hard)
+            put(sparsifier, site, self.position)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """See `Method.param_groups`."""
@@ -252,12 +238,33 @@ class LossyThreshold(Method):
         return min(value, self.max_sharpness)
 
 
-class PlacedSparsifier(LossySparsifier):
+class SiteSparsifier(LossySparsifier):
+    """The threshold of a site, which errors name; made by `put`."""
+
+    site = ""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The threshold of a site's output, or input."""
+        return self.threshold(x)[0]
+
+    def threshold(self, x: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        """See `gossamer.nn.lossy_threshold`."""
+        if not isinstance(x, Tensor):
+            raise ConfigurationError(
+                f"{self.site}: gives a {type(x).__name__}, and a threshold takes one tensor; leave it out with "
+                f"sites=['!{self.site}']"
+            )
+        try:
+            return lossy_threshold(x, self.eps, self.a, self.dim, **options)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{self.site}: {error}; leave it out with sites=['!{self.site}']") from None
+
+
+class PlacedSparsifier(SiteSparsifier):
     """The threshold of a site: it remembers what a penalty needs of each forward pass."""
 
-    def place(self, site: str, penalty: Penalty, hard: bool) -> None:
-        """Say where it is and what it is for."""
-        self.site = site
+    def remember_for(self, penalty: Penalty, hard: bool) -> None:
+        """Say what it is for."""
         self.penalty = penalty
         self.is_hard = hard
         self.has_run = False
@@ -266,16 +273,9 @@ class PlacedSparsifier(LossySparsifier):
 
     def forward(self, x: Tensor) -> Tensor:
         """The threshold of a site's output, or input."""
-        if not isinstance(x, Tensor):
-            raise ConfigurationError(
-                f"{self.site}: gives a {type(x).__name__}, and a threshold takes one tensor; leave it out with "
-                f"sites=['!{self.site}']"
-            )
-        terms = self.penalty.terms if self.training else ()
-        try:
-            y, sums = lossy_threshold(x, self.eps, self.a, self.dim, hard=self.is_hard, terms=terms, b=self.penalty.b)
-        except ConfigurationError as error:
-            raise ConfigurationError(f"{self.site}: {error}; leave it out with sites=['!{self.site}']") from None
+        y, sums = self.threshold(
+            x, hard=self.is_hard, terms=self.penalty.terms if self.training else (), b=self.penalty.b
+        )
         if self.training:
             # Where activation checkpointing computes a part again, it does so within the backward pass.
             if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
@@ -310,6 +310,31 @@ class _Collected(list[Any]):
 
     def __reduce__(self) -> tuple[type[_Collected], tuple[()]]:
         return _Collected, ()
+
+
+def check_free(site: Site) -> None:
+    """Raise unless a threshold can be put after or before a site."""
+    if CHILD in site.module._modules:
+        raise OrderError(
+            f"{site.name}: has a threshold already; call finalize() or detach() on the handle that put it there"
+        )
+    if isinstance(site.module, nn.Sequential):
+        raise ConfigurationError(
+            f"{site.name}: a Sequential would call the threshold as one of its modules; name its last module"
+        )
+
+
+def put(sparsifier: SiteSparsifier, site: Site, position: str = "after") -> None:
+    """Make a threshold the child of a site's module, applied to its output (or input), on its device."""
+    sparsifier.site = site.name
+    reference = next(site.module.parameters(), None)
+    if reference is not None:
+        sparsifier.to(reference.device)
+    site.module.add_module(CHILD, sparsifier)
+    if position == "after":
+        site.module.register_forward_hook(_after)
+    else:
+        site.module.register_forward_pre_hook(_before)
 
 
 def _after(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
