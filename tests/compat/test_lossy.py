@@ -227,6 +227,7 @@ def test_the_smoothing_of_l0_is_an_argument():
 def test_nothing_to_penalise_is_an_error_that_says_what_to_do():
     with pytest.raises(gs.ConfigurationError, match=r"list_: is empty.* with clear\(\), not by a new list"):
         SparseLoss()(torch.zeros(1), torch.zeros(1), [], 0.1, F.mse_loss, L1_penalty)
+    assert SparseLoss()(torch.ones(1), torch.zeros(1), [torch.ones(0, 3)], 0.1, F.mse_loss, L1_penalty) == 1
     net = Net()
     sparsify(net, 0.5)
     net.features(batch(0)[0])  # a part of the model only
@@ -400,7 +401,7 @@ def test_a_module_that_is_called_twice_is_collected_twice():
 
 def test_parts_that_were_made_sparse_one_by_one_are_collected_together():
     net = Net()
-    for part in (net.features, net.classifier):
+    for part in (net.classifier, net.features):
         sparsify(part, 0.5, logits=part is net.features)
     net(batch(0)[0])
     torch.testing.assert_close(list(sparse_layer_outputs), by_hand(net, batch(0)[0], [torch.tensor(0.5)] * 3, 1.0)[1])
@@ -546,6 +547,13 @@ def test_a_state_of_other_sites_is_refused_by_name():
         net.load_state_dict(saved)
 
 
+def test_a_site_with_a_child_of_that_name_loads_its_own_state():
+    net = nn.Sequential(OrderedDict([("site", Net()), ("head", nn.Linear(5, 2))]))
+    net.site.add_module("0", nn.Linear(2, 2))
+    sparsify(net, 0.5, sites="site")
+    net.load_state_dict(net.state_dict())
+
+
 # -- weight decay ------------------------------------------------------------------------------------------------------
 
 OPTIMIZERS = {
@@ -612,4 +620,5 @@ def test_a_step_that_fails_leaves_groups_that_the_next_one_mends():
         optimizer.step(fails)
     optimizer.step()
     assert len(optimizer.param_groups) == 1
+    assert net.features[0].sparsifier.eps.tolist() == [0.5]
     assert optimizer.param_groups[0]["params"] is params

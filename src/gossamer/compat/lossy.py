@@ -258,9 +258,6 @@ class _Pass:
         self.thresholds: list[Tensor] = []
         _passes[self] = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Pass:
-        return _Pass()
-
     def __reduce__(self) -> tuple[type[_Pass], tuple[()]]:
         return _Pass, ()
 
@@ -373,7 +370,6 @@ _divided: WeakKeyDictionary[optim.Optimizer, list[tuple[dict[str, Any], list[Ten
 
 def _set_apart(optimizer: optim.Optimizer, *_: object) -> None:
     """Before a step: thresholds get groups without decay until it is done, as schedulers know the groups that are."""
-    _put_back(optimizer)  # after a step that raised
     mine = {id(each.eps) for each in _undecayed}
     for group in list(optimizer.param_groups):
         params = group["params"]
