@@ -14,6 +14,7 @@ from gossamer import data
 from gossamer.attach import Sparsity
 from gossamer.checkpoint import load_tree, save_tree
 from gossamer.errors import ConfigurationError, NonFiniteError, StateError
+from gossamer.nn import FATReLU
 from gossamer.recipe import Recipe, load_recipe
 from gossamer.run_folder import RunFolder, recipe_of
 from gossamer.training import train, train_seeds
@@ -26,6 +27,9 @@ METHODS = {
     "gmp": "{type: gmp, sparsity: 0.9, every: 7, end: 75%}",
     "static": "{type: static, sparsity: 0.9}",
 }
+
+LEARNED = "{type: lossy_threshold, strength: 0.3, eps: 0.3, norm: 'l0:0.05', double_at: [1 epoch, 50%]}"
+COMBINED = METHODS | {"thresholds": LEARNED, "dsr and thresholds": f"{METHODS['dsr']}, {LEARNED}"}
 
 
 def small(*overrides: str) -> Recipe:
@@ -174,11 +178,11 @@ def test_a_run_folder_holds_recipe_metrics_updates_checkpoint_and_summary(tmp_pa
     assert equal(state["model"], dict(weights(result.model)))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", COMBINED)
 @pytest.mark.parametrize("optimizer", ["{name: SGD, lr: 0.1, momentum: 0.9}", "{name: AdamW, lr: 0.01}"])
 def test_a_run_interrupted_three_times_ends_as_one_that_was_not(tmp_path, monkeypatch, method, optimizer):
     recipe = small(
-        f"methods=[{METHODS[method]}]",
+        f"methods=[{COMBINED[method]}]",
         f"optimizer={optimizer}",
         "schedule={type: cosine, warmup: 1}",
         "data.augment={crop: 1}",
@@ -200,6 +204,28 @@ def test_a_run_interrupted_three_times_ends_as_one_that_was_not(tmp_path, monkey
         parts.summary,
     )
     assert [each["epoch"] for each in parts.history] == [1, 2, 3, 4]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of what the compiler imports
+@pytest.mark.parametrize("compiled", [False, True])
+def test_accuracy_is_that_of_the_finished_model_with_hard_thresholds(compiled):
+    options = ("model.width=1.0", f"methods=[{METHODS['static']}, {LEARNED.replace('eps: 0.3', 'eps: 0.9')}]")
+    result = train(small(*options, *(["compile=true"] if compiled else [])), progress=False)
+    assert result.history[-1]["validation_accuracy"] == result.soft_validation_accuracy
+    test = data.load("digits").test
+    images = (test.images.float() / test.maximum - test.mean[0]) / test.std[0]
+    result.model.eval()
+    right = (result.model(images).argmax(1) == test.labels).float().mean().item()
+    assert result.test_accuracy == pytest.approx(right)
+    assert result.test_accuracy != result.soft_test_accuracy
+    assert [row["folded_into"] for row in result.summary.learned] == ["relu1", "relu2"]
+    assert (result.model.layer1.weight == 0).float().mean() > 0.7
+    assert isinstance(result.model.relu1, FATReLU)
+
+
+def test_a_run_without_anything_soft_has_one_accuracy():
+    result = train(small("epochs=1"), progress=False)
+    assert result.soft_test_accuracy is result.soft_validation_accuracy is None
 
 
 def test_a_run_is_not_continued_by_two_processes_at_a_time(tmp_path, monkeypatch):

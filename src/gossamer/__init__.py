@@ -3,7 +3,7 @@
 from importlib.metadata import version
 
 from gossamer import nn, penalties, schedule, scores
-from gossamer.activations import ActivationSparsifier, LossyThreshold
+from gossamer.activations import ActivationMeasurements, ActivationSparsifier, LossyThreshold, measure_activations
 from gossamer.attach import Sparsity, attach
 from gossamer.compat.dst import DSModel
 from gossamer.compat.lossy import SparseLoss
@@ -30,6 +30,7 @@ __all__ = [
     "ISS",
     "NM",
     "SET",
+    "ActivationMeasurements",
     "ActivationSparsifier",
     "Block",
     "Change",
@@ -54,6 +55,7 @@ __all__ = [
     "Summary",
     "attach",
     "import_torch_masks",
+    "measure_activations",
     "nn",
     "penalties",
     "prune",

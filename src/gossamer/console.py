@@ -121,6 +121,8 @@ def print_results(console: Console, results: Sequence[Result]) -> None:
         console.print(first.table())
     elif first.rows:
         console.print(_sparsity_table(results))
+    if first.learned and len(results) == 1:
+        console.print(first.learned_table())
     table = Table(show_header=False, box=None)
     percent = (100, 2, " %")
     for label, (scale, digits, unit), values in (
@@ -128,6 +130,7 @@ def print_results(console: Console, results: Sequence[Result]) -> None:
         ("validation bits per character", (1, 3, ""), [each.validation_bits_per_character for each in results]),
         ("test accuracy", percent, [each.test_accuracy for each in results]),
         ("validation accuracy", percent, [each.validation_accuracy for each in results]),
+        ("test accuracy before thresholds were hard", percent, [each.soft_test_accuracy for each in results]),
         ("sparsity of masked weights", percent, [each.sparsity if each.summary.rows else None for each in results]),
         ("sparsity of whole model", percent, [each.summary.totals["all_sparsity"] for each in results]),
     ):

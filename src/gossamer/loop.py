@@ -58,6 +58,7 @@ class Run:
         self.model = self._build_model(dataset)
         self.sparsity = self._attach(methods)
         self._warn_of_idle()
+        self.hardens = any(method.hardens for method in methods)
         self.sparsity.on_update(self._note_update)
         self.forward: nn.Module = self.accelerator.prepare(self.model)
         if recipe.compile:
@@ -87,6 +88,8 @@ class Run:
         totals = self.sparsity.summary().totals
         sparse = "none, every weight is trained"
         if methods := " and ".join(method.name for method in self.sparsity.methods):
+            sparse = methods
+        if totals["targets_total"]:
             sparse = (
                 f"{methods}, starts with {totals['targets_active']:,} of {totals['targets_total']:,} weights active"
             )
@@ -111,13 +114,15 @@ class Run:
             self.scheduler.step()
         self.epoch += 1
         metrics = {"epoch": self.epoch, "step": self.sparsity.step} | _named("train", trained)
-        if self.validation is not None:
-            metrics |= _named("validation", self.evaluate(self.validation))
-        return metrics | {
-            "sparsity": 1 - self.sparsity.density(),
-            "lr": lr,
-            "seconds": time.perf_counter() - start,
-        }
+        return (
+            metrics
+            | self.measure("validation")
+            | {
+                "sparsity": 1 - self.sparsity.density(),
+                "lr": lr,
+                "seconds": time.perf_counter() - start,
+            }
+        )
 
     def _train_epoch(self, shown: Display) -> dict[str, float]:
         accumulate, per_step = self.recipe.accumulate, self.recipe.schedule.per == "step"
@@ -156,9 +161,21 @@ class Run:
             _add(sums, F.cross_entropy(logits, labels.flatten(), reduction="sum"), logits, labels)
         return self._means(self.accelerator.reduce(sums, "sum"))
 
-    def finish(self) -> None:
+    def measure(self, *parts: str) -> dict[str, Any]:
+        """What `evaluate` tells of the parts `"validation"`, where there is one, and `"test"`, as in metrics."""
+        loaders = {"validation": self.validation, "test": self.test}
+        found: dict[str, Any] = {}
+        for part in parts:
+            if (loader := loaders[part]) is not None:
+                found |= _named(part, self.evaluate(loader))
+        return found
+
+    def finalize(self) -> None:
         """Make the model plain: no hooks, exact zeros."""
         self.sparsity.finalize()
+
+    def release(self) -> None:
+        """Take off what Accelerate put around the model."""
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
 
     def state_dict(self) -> dict[str, Any]:

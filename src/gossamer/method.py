@@ -67,6 +67,7 @@ class Method(ABC):
             masks become hard in the course of training.
         masks_from_weights: Whether the first masks depend on the weights, which ranks could have made differently.
         over_all: Whether its budget is a fraction of all parameters of the model, so that no other method fits beside.
+        hardens: Whether `finalize` changes outputs, since something smooth becomes hard.
         steps: Names of the arguments that count optimizer steps: a recipe may give them as parts of training.
     """
 
@@ -74,6 +75,7 @@ class Method(ABC):
     tensors: Sequence[MaskedTensor] = ()
     masks_from_weights: bool = False
     over_all: bool = False
+    hardens: ClassVar[bool] = False
     steps: ClassVar[tuple[str, ...]] = ("begin", "end", "every", "until")
 
     def bind(self, model: nn.Module, masks: Masks) -> None:

@@ -33,14 +33,17 @@ class Result:
         epochs: Epochs trained.
         steps: Optimizer steps taken.
         seconds: Time spent in epochs, evaluation on validation data included.
-        validation_accuracy: Fraction in [0, 1] after the last epoch; None without validation data.
-        test_accuracy: Fraction in [0, 1] after the last epoch; None where it was not asked for.
+        validation_accuracy: Fraction in [0, 1] of the finished model, with exact zeros; None without validation data.
+        test_accuracy: Fraction in [0, 1], likewise; None where it was not asked for.
         test_loss: Mean cross-entropy, in nats; None likewise.
         summary: The sparsity of every tensor and in all.
         history: The metrics of every epoch, as in `metrics.jsonl`.
         model: The trained model, plain, with exact zeros, on its device; None where the run was complete before.
         validation_bits_per_character: Mean cross-entropy of text in bits; None for images, or without validation data.
         test_bits_per_character: Likewise on the test data; None for images, or where it was not asked for.
+        soft_validation_accuracy: That before what is smooth in training became hard, such as thresholds; None where no
+            method has that.
+        soft_test_accuracy: Likewise.
     """
 
     seed: int
@@ -55,6 +58,8 @@ class Result:
     model: nn.Module | None = field(default=None, repr=False, compare=False)
     validation_bits_per_character: float | None = None
     test_bits_per_character: float | None = None
+    soft_validation_accuracy: float | None = None
+    soft_test_accuracy: float | None = None
 
     @property
     def sparsity(self) -> float:
@@ -139,22 +144,27 @@ def train(
                 if folder is not None and writes:
                     folder.record(history[-1], run.updates, run.state_dict())
                 shown.epoch(history[-1])
-        tested = run.evaluate(run.test) if test else {}
+        parts = ("validation", "test") if test else ("validation",)
+        trained = history[-1] | run.measure(*parts[1:])
+        run.finalize()
+        finished = run.measure(*parts) if run.hardens else trained
         result = Result(
             seed=seed,
             epochs=run.epoch,
             steps=run.sparsity.step,
             seconds=sum(each["seconds"] for each in history),
-            validation_accuracy=history[-1].get("validation_accuracy"),
-            test_accuracy=tested.get("accuracy"),
-            test_loss=tested.get("loss"),
+            validation_accuracy=finished.get("validation_accuracy"),
+            test_accuracy=finished.get("test_accuracy"),
+            test_loss=finished.get("test_loss"),
             summary=run.sparsity.summary(),
             history=history,
             model=run.model,
-            validation_bits_per_character=history[-1].get("validation_bits_per_character"),
-            test_bits_per_character=tested.get("bits_per_character"),
+            validation_bits_per_character=finished.get("validation_bits_per_character"),
+            test_bits_per_character=finished.get("test_bits_per_character"),
+            soft_validation_accuracy=trained.get("validation_accuracy") if run.hardens else None,
+            soft_test_accuracy=trained.get("test_accuracy") if run.hardens else None,
         )
-        run.finish()
+        run.release()
         if folder is not None and writes:
             folder.finish(result.as_dict())
     return result

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from gossamer.checks import check_boolean, check_integer, check_number
 from gossamer.errors import ConfigurationError, OrderError
+from gossamer.fold import following_relus, is_plain_relu, replace_module
 from gossamer.method import Masks, Method, Proposal
 from gossamer.nn.lossy import LossySparsifier, hard_threshold, lossy_threshold
 from gossamer.penalties import Penalty, as_penalty
 from gossamer.sites import Site, SiteSelection, select_sites
-from gossamer.targets import matches
+from gossamer.targets import matches, plain_name
 
 CHILD = "sparsifier"
 """The name of the module that is put into each site."""
@@ -29,6 +30,8 @@ class LossyThreshold(Method):
     weights, without weight decay, and the sharpness `a` may grow while it is. `Sparsity.penalty()` is the term of the
     loss; `finalize` puts the hard threshold `x·(|x| > e)` in the place of the smoothed one. Each site's module gets a
     child `sparsifier`, a `gossamer.nn.LossySparsifier`; no other key of the `state_dict` changes.
+
+    With `eps=0` a threshold stays 0 and changes nothing: what is left is a plain penalty on activations.
 
     Args:
         strength: The penalty's factor λ, at least 0: one for all sites, or a mapping of globs over their names, of
@@ -74,6 +77,7 @@ class LossyThreshold(Method):
 
     name = "lossy_threshold"
     steps = ("double_at", "until")
+    hardens = True
 
     def __post_init__(self) -> None:
         strengths = self.strength if isinstance(self.strength, Mapping) else {"": self.strength}
@@ -111,12 +115,13 @@ class LossyThreshold(Method):
         self._channels = [_channels(site, self.position) if self.per_channel else (None, 1) for site in self.placed]
         self._strengths = [self._strength_of(site) for site in self.placed]
         self._told = self.sharpness
+        self._model = model
 
     def install(self) -> None:
         """See `Method.install`."""
         for site, (channels, dim) in zip(self.placed, self._channels, strict=True):
             sparsifier = PlacedSparsifier(self.eps, self.sharpness, channels=channels, dim=dim)
-            sparsifier.remember_for(self._penalty, self.hard)
+            sparsifier.remember_for(site.name, self._penalty, self.hard)
             put(sparsifier, site, self.position)
 
     def param_groups(self) -> list[dict[str, Any]]:
@@ -161,10 +166,24 @@ class LossyThreshold(Method):
             _take_off(site.module)
 
     def finalize(self) -> None:
-        """See `Method.finalize`: hard thresholds stay, as the children `sparsifier`, each a `LossyHardSparsifier`."""
+        """See `Method.finalize`: hard thresholds stay, as the children `sparsifier`, each a `LossyHardSparsifier`.
+
+        Where a `torch.nn.ReLU` takes a site's output and nothing else does, or where the site is one, the two become a
+        `gossamer.nn.FATReLU` in the place of the ReLU, with the same outputs, and the site is left as it was before.
+        """
         self._last = self.learned()
-        for site, sparsifier in zip(self.placed, self._sparsifiers(), strict=True):
-            site.module._modules[CHILD] = sparsifier.hard()
+        sparsifiers = self._sparsifiers()
+        after = self.position == "after"
+        relus = following_relus(self._model, [site.module for site in self.placed]) if after else {}
+        names = {module: plain_name(name) for name, module in self._model.named_modules()}
+        for site, sparsifier, row in zip(self.placed, sparsifiers, self._last, strict=True):
+            _take_off(site.module)
+            relu = site.module if after and is_plain_relu(site.module) else relus.get(site.module)
+            row["folded_into"] = None if relu is None else names[relu]
+            if relu is not None:
+                replace_module(self._model, relu, sparsifier.relu())
+            else:
+                put(sparsifier.hard(), site, self.position)
 
     # -- what it tells -----------------------------------------------------------------------------------------------
 
@@ -172,7 +191,8 @@ class LossyThreshold(Method):
         """See `Method.learned`: the threshold of each site, over its channels, and its sharpness.
 
         `moved` is by how much the hard threshold changes the site's output, `‖hard − smoothed‖ / ‖smoothed‖` over the
-        forward passes in evaluation mode since the last one in training; `None` where there was none.
+        forward passes in evaluation mode since the last one in training; `None` where there was none. After `finalize`,
+        `folded_into` is the ReLU that the threshold became one with.
         """
         found = []
         for site in self.placed:
@@ -239,9 +259,9 @@ class LossyThreshold(Method):
 
 
 class SiteSparsifier(LossySparsifier):
-    """The threshold of a site, which errors name; made by `put`."""
+    """The threshold of a site, `site`, which errors name."""
 
-    site = ""
+    site: str
 
     def forward(self, x: Tensor) -> Tensor:
         """The threshold of a site's output, or input."""
@@ -263,8 +283,9 @@ class SiteSparsifier(LossySparsifier):
 class PlacedSparsifier(SiteSparsifier):
     """The threshold of a site: it remembers what a penalty needs of each forward pass."""
 
-    def remember_for(self, penalty: Penalty, hard: bool) -> None:
-        """Say what it is for."""
+    def remember_for(self, site: str, penalty: Penalty, hard: bool) -> None:
+        """Say where it is and what it is for."""
+        self.site = site
         self.penalty = penalty
         self.is_hard = hard
         self.has_run = False
@@ -324,13 +345,12 @@ def check_free(site: Site) -> None:
         )
 
 
-def put(sparsifier: SiteSparsifier, site: Site, position: str = "after") -> None:
+def put(threshold: nn.Module, site: Site, position: str = "after") -> None:
     """Make a threshold the child of a site's module, applied to its output (or input), on its device."""
-    sparsifier.site = site.name
     reference = next(site.module.parameters(), None)
     if reference is not None:
-        sparsifier.to(reference.device)
-    site.module.add_module(CHILD, sparsifier)
+        threshold.to(reference.device)
+    site.module.add_module(CHILD, threshold)
     if position == "after":
         site.module.register_forward_hook(_after)
     else:
@@ -353,13 +373,17 @@ def _take_off(module: nn.Module) -> None:
 
 
 def _channels(site: Site, position: str) -> tuple[int, int]:
-    """Number of channels of a site, and the dimension that runs over them, counted from the last."""
+    """Number of channels of a site, and the dimension that runs over them."""
     module, side = site.module, "out" if position == "after" else "in"
     if isinstance(module, nn.modules.conv._ConvNd):
         return getattr(module, f"{side}_channels"), -1 - len(module.kernel_size)
     features = f"{side}1_features" if isinstance(module, nn.Bilinear) and side == "in" else f"{side}_features"
     if isinstance(module, nn.Linear | nn.Bilinear):
         return getattr(module, features), -1
+    if isinstance(module, nn.modules.batchnorm._NormBase):
+        return module.num_features, 1
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels, 1
     raise ConfigurationError(
         f"{site.name}: is a {type(module).__name__}, whose channels are not known; use per_channel=False, or leave it "
         f"out with sites=['!{site.name}']"

@@ -178,6 +178,7 @@ def addSparsifierLayers(
     sparsifiers = [_Undecayed(eps_start) for _ in chosen]
     found: OrderedDict[str, Any] = OrderedDict()
     for site, sparsifier in zip(chosen, sparsifiers, strict=True):
+        sparsifier.site = site.name
         put(sparsifier, site)
         site.module.register_load_state_dict_pre_hook(_from_the_notebook)  # type: ignore[no-untyped-call]
         inner = found

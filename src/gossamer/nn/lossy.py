@@ -256,6 +256,10 @@ class LossySparsifier(nn.Module):
         """The hard threshold that this one approaches, with a copy of its values."""
         return LossyHardSparsifier(self.eps, dim=self.dim).train(self.training)
 
+    def relu(self) -> FATReLU:
+        """The hard threshold with a ReLU after it, as one."""
+        return FATReLU(self.eps, dim=self.dim).train(self.training)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         _read_scalar(state_dict, prefix, self.a)
         super()._load_from_state_dict(state_dict, prefix, *rest)
@@ -314,6 +318,40 @@ class LossyHardSparsifier(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         _read_scalar(state_dict, prefix, self.a)
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def extra_repr(self) -> str:
+        """What `print` shows."""
+        return f"thresholds={len(self.eps)}"
+
+
+class FATReLU(nn.Module):
+    """`x` where `x > |eps|`, else 0: a ReLU with a threshold (FATReLU: Kurtz et al., 2020), as one operation.
+
+    It is what `LossyHardSparsifier` and a ReLU after it compute together.
+
+    Args:
+        eps: The threshold; else as of `LossySparsifier`.
+        channels: Number of channels, each of which then has a threshold of its own; `None` for one in all.
+        dim: The dimension that runs over channels.
+
+    Attributes:
+        eps: The threshold, `(1,)` or `(channels,)`, a buffer; its absolute value counts.
+
+    Raises:
+        ConfigurationError: An argument out of range.
+    """
+
+    eps: Tensor
+
+    def __init__(self, eps: float | Tensor = 0.0, *, channels: int | None = None, dim: int = 1) -> None:
+        super().__init__()
+        self.register_buffer("eps", _first(eps, channels))
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The activations of `x`, of its shape and type, a new tensor; NaN stays."""
+        _check(x, self.eps, self.dim)
+        return torch.where(x <= _along(self.eps.abs().to(x.dtype), x.dim(), self.dim), torch.zeros_like(x), x)
 
     def extra_repr(self) -> str:
         """What `print` shows."""

@@ -1,0 +1,121 @@
+"""What was measured of a model's activations: tables, plain values and figures."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class ActivationMeasurements:
+    """Zeros in activations, and the multiply-accumulates that they save.
+
+    A fraction is `None` where there is nothing it would be a fraction of.
+
+    Attributes:
+        sites: For each site, a row:
+
+            - `name`; `type` of the module; `calls`; `never_called`; `elements` and `zeros` of its outputs, and
+              `sparsity`, the fraction of zeros; `l0`, the number that are not zero.
+            - `l1`, the sum of `|x|` over finite values, and `mean_magnitude`, `l1` per element; `non_finite`, how many
+              are infinite or NaN.
+            - `channels`, their number; `dead_channels`, those that are zero at every sample; `channel_sparsity`, the
+              fraction of zeros of each. `None` where calls differ in their number of channels.
+            - `samples`: over samples, each at each call, `count`, and of their fractions of zeros `mean`, `std` (of
+              the population), `min`, `max`, and `histogram`, counts in bins of equal width from 0 to 1.
+            - `thresholds`: where the site is a learned threshold `|eps|`, one or one for each channel, else empty.
+            - `histogram`: `edges` of magnitudes, four to an octave, and how many values are within them, `negative` and
+              `positive`; zeros and values that are not finite are not among them.
+        layers: For each layer with weights, a row of what entered it: `name`, `type`, `calls`, `never_called`,
+            `elements`, `zeros`, `sparsity`; `macs`, its multiply-accumulates with elements of the input; `saved_macs`,
+            those with a zero, and `saved`, the fraction; `padding_macs`, those with padded zeros or cropped, not among
+            the others.
+        totals: `batches`, `hard`; `elements`, `zeros` and `sparsity` over sites; `input_elements`, `input_zeros`,
+            `input_sparsity`, `macs`, `saved_macs`, `saved` and `padding_macs` over layers.
+    """
+
+    sites: list[dict[str, Any]]
+    layers: list[dict[str, Any]]
+    totals: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Sites, layers and totals as JSON values."""
+        return {"sites": self.sites, "layers": self.layers, "totals": self.totals}
+
+    def table(self) -> Table:
+        """Zeros of the sites' outputs as a rich table."""
+        table = Table(title="Activations", show_footer=True)
+        table.add_column("site", footer="in all", overflow="fold")
+        table.add_column("type")
+        table.add_column("calls", justify="right")
+        table.add_column("elements", justify="right", footer=f"{self.totals['elements']:,}")
+        table.add_column("sparsity", justify="right", footer=_fraction(self.totals["sparsity"]))
+        table.add_column("of samples", justify="right")
+        table.add_column("dead channels", justify="right")
+        table.add_column("mean |x|", justify="right")
+        if unsound := any(row["non_finite"] for row in self.sites):
+            table.add_column("not finite", justify="right")
+        for row in self.sites:
+            if row["never_called"]:
+                table.add_row(row["name"], row["type"], "never called")
+                continue
+            samples, dead = row["samples"], row["dead_channels"]
+            table.add_row(
+                row["name"],
+                row["type"],
+                f"{row['calls']:,}",
+                f"{row['elements']:,}",
+                _fraction(row["sparsity"]),
+                f"{_fraction(samples['min'])}–{_fraction(samples['max'])}",
+                "" if dead is None else f"{len(dead)} of {row['channels']}",
+                "" if row["mean_magnitude"] is None else f"{row['mean_magnitude']:.4g}",
+                *([f"{row['non_finite']:,}"] if unsound else []),
+            )
+        return table
+
+    def layer_table(self) -> Table:
+        """Multiply-accumulates with zeros of the layers' inputs as a rich table."""
+        totals = self.totals
+        table = Table(title="Multiply-accumulates (MACs) on zeros", show_footer=True)
+        table.add_column("layer", footer="in all", overflow="fold")
+        table.add_column("type")
+        table.add_column("calls", justify="right")
+        table.add_column("input sparsity", justify="right", footer=_fraction(totals["input_sparsity"]))
+        table.add_column("MACs", justify="right", footer=f"{totals['macs']:,}")
+        table.add_column("saved", justify="right", footer=f"{totals['saved_macs']:,}")
+        table.add_column("fraction", justify="right", footer=_fraction(totals["saved"]))
+        for row in self.layers:
+            if row["never_called"]:
+                table.add_row(row["name"], row["type"], "never called")
+                continue
+            table.add_row(
+                row["name"],
+                row["type"],
+                f"{row['calls']:,}",
+                _fraction(row["sparsity"]),
+                f"{row['macs']:,}",
+                f"{row['saved_macs']:,}",
+                _fraction(row["saved"]),
+            )
+        return table
+
+    def __str__(self) -> str:
+        text = io.StringIO()
+        console = Console(file=text, width=120)
+        for table, rows in ((self.table(), self.sites), (self.layer_table(), self.layers)):
+            if rows:
+                console.print(table)
+        return text.getvalue().rstrip()
+
+
+def fraction(part: float, whole: float) -> float | None:
+    """A fraction, `None` of nothing."""
+    return part / whole if whole else None
+
+
+def _fraction(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

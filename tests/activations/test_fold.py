@@ -1,0 +1,164 @@
+"""Where a ReLU alone follows a threshold, finalize makes one operation of the two, with equal outputs."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import gossamer as gs
+from gossamer.nn import FATReLU, LossyHardSparsifier
+from gossamer.zoo._vision import import_torchvision
+
+
+class Plain(nn.Sequential):
+    def __init__(self):
+        super().__init__(
+            nn.Conv2d(3, 6, 3), nn.ReLU(inplace=True), nn.Conv2d(6, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)
+        )
+
+
+class Residual(nn.Module):
+    """The first convolution's output is used twice, the second's ReLU is called twice, the third's is a function."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+        self.first, self.shared = nn.ReLU(), nn.ReLU()
+        self.last = nn.Linear(3, 2)
+
+    def forward(self, x):
+        y = self.one(x)
+        y = self.first(y) + y
+        y = self.shared(self.shared(self.two(y)) - 0.1)
+        return self.last(torch.relu(self.three(y)).mean((2, 3)))
+
+
+class Moody(nn.Module):
+    """What takes the output depends on the mode, or on values, which no graph shows."""
+
+    def __init__(self, by_value):
+        super().__init__()
+        self.by_value = by_value
+        self.one, self.relu, self.last = nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)
+
+    def forward(self, x):
+        y = self.one(x)
+        z = self.relu(y)
+        if self.by_value:
+            return self.last(z) if z.sum() > 0 else self.last(y)
+        return self.last(z + y if self.training else z)
+
+
+def hardened(net):
+    """Outputs with hard thresholds put in by hand, where the handle has its own."""
+    net = copy.deepcopy(net)
+    for module in net.modules():
+        if "sparsifier" in module._modules:
+            e = module.sparsifier.eps.detach().abs()
+            module._forward_hooks.clear()
+            shape = (-1, 1, 1) if isinstance(module, nn.Conv2d) or len(e) == 1 else (-1,)
+
+            def hook(_, inputs, y, e=e, shape=shape):
+                return y * (y.abs() > (e.view(shape) if len(e) > 1 else e))
+
+            module.register_forward_hook(hook)
+    return net
+
+
+def prepare(net, **options):
+    sparsity = gs.attach(net, gs.LossyThreshold(**options))
+    for module in net.modules():
+        if "sparsifier" in module._modules:  # thresholds of both signs that differ
+            with torch.no_grad():
+                module.sparsifier.eps.copy_(torch.linspace(-0.3, 0.4, len(module.sparsifier.eps)))
+                module.sparsifier.eps.add_(0.05)
+    return sparsity
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_a_relu_that_follows_becomes_one_with_the_threshold(per_channel):
+    torch.manual_seed(0)
+    net, keys = Plain(), list(Plain().state_dict())
+    sparsity = prepare(net, eps=0.3, per_channel=per_channel)
+    x = torch.randn(7, 3, 8, 8)
+    expected = hardened(net)(x)
+    sparsity.finalize()
+    assert [type(module) for module in net] == [nn.Conv2d, FATReLU, nn.Conv2d, FATReLU, nn.Flatten, nn.Linear]
+    assert net(x).equal(expected)
+    assert [row["folded_into"] for row in sparsity.summary().learned] == ["1", "3"]
+    assert [key for key in net.state_dict() if not key.endswith(".eps")] == keys
+    assert not net[0]._modules
+    assert not net[0]._forward_hooks
+
+
+def test_a_relu_that_is_a_site_becomes_one_with_its_threshold():
+    torch.manual_seed(0)
+    net = Residual()
+    sparsity = prepare(net, sites=["first", "shared"], eps=0.2)
+    x = torch.randn(7, 3, 8, 8)
+    expected = hardened(net)(x)
+    sparsity.finalize()
+    assert type(net.first) is type(net.shared) is FATReLU
+    assert net(x).equal(expected)
+
+
+@pytest.mark.parametrize("build", [Residual, lambda: Moody(False), lambda: Moody(True)])
+def test_nothing_is_folded_that_others_see_too(build):
+    torch.manual_seed(0)
+    net = build()
+    sparsity = prepare(net, eps=0.2)
+    x = torch.randn(7, 3, 8, 8) if isinstance(net, Residual) else torch.randn(7, 4)
+    expected = hardened(net)(x)
+    sparsity.finalize()
+    assert not any(isinstance(module, FATReLU) for module in net.modules())
+    assert net(x).equal(expected)
+    assert {row["folded_into"] for row in sparsity.summary().learned} == {None}
+
+
+def test_a_relu_that_somebody_watches_is_left():
+    net = Plain()
+    seen = []
+    net[1].register_forward_hook(lambda *_: seen.append(1))
+    prepare(net).finalize()
+    net(torch.randn(1, 3, 8, 8))
+    assert (type(net[1]), type(net[3]), len(seen)) == (nn.ReLU, FATReLU, 1)
+    assert isinstance(net[0].sparsifier, LossyHardSparsifier)
+
+
+def test_thresholds_before_modules_are_not_folded():
+    net = Plain()
+    prepare(net, position="before").finalize()
+    assert not any(isinstance(module, FATReLU) for module in net.modules())
+
+
+def test_alexnet_folds_every_site():
+    net = import_torchvision().models.alexnet()
+    sparsity = gs.attach(net, gs.LossyThreshold())
+    sparsity.finalize()
+    assert [row["folded_into"] for row in sparsity.summary().learned] == [
+        *(f"features.{place}" for place in (1, 4, 7, 9, 11)),
+        *(f"classifier.{place}" for place in (2, 5)),
+    ]
+
+
+def test_looking_for_what_follows_leaves_the_model_as_it_was():
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Dropout(), nn.Linear(4, 2))
+    sparsity = gs.attach(net, gs.LossyThreshold())
+    before, random = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    sparsity.finalize()
+    assert torch.get_rng_state().equal(random)
+    assert all(net.state_dict()[key].equal(value) for key, value in before.items() if "sparsifier" not in key)
+    assert net.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_fatrelu_keeps_what_is_above_the_threshold_and_nan(dtype):
+    x = torch.tensor([-2.0, -0.5, -0.0, 0.25, 0.5, 0.75, float("inf"), float("nan")], dtype=dtype)
+    y = FATReLU(-0.5)(x)
+    assert y.dtype == dtype
+    assert y[:7].tolist() == [0, 0, 0, 0, 0, 0.75, float("inf")]
+    assert y[7].isnan()
+    assert not torch.signbit(y[:5]).any()
+    with pytest.raises(gs.ConfigurationError, match=r"3 thresholds .* shape \(2, 4\)"):
+        FATReLU(channels=3)(torch.randn(2, 4))
