@@ -278,3 +278,14 @@ def test_a_sharp_threshold_becomes_the_hard_one_it_is_made_into() -> None:
 def test_bad_arguments_are_named(call: object, message: str) -> None:
     with pytest.raises(gs.ConfigurationError, match=message):
         call()
+
+
+@pytest.mark.parametrize("a", [0, -1.0, float("nan"), float("inf")])
+def test_a_sharpness_that_is_not_above_zero_is_refused(a):
+    for make in (
+        lambda: lossy_threshold(torch.ones(2), torch.tensor([0.5]), a),
+        lambda: gs.nn.LossySparsifier(a=a),
+        lambda: gs.nn.LossyHardSparsifier(a=a),
+    ):
+        with pytest.raises(gs.ConfigurationError, match=r"^a: "):
+            make()

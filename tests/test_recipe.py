@@ -321,7 +321,13 @@ def test_shipped_recipes_are_valid_and_described_on_one_line(name):
     recipe = load_recipe(name)
     assert recipe.name == name
     assert 20 < len(recipe.description) < 120
-    assert recipe.build_methods(10_000, 500, 0)
+    assert len(recipe.build_methods(10_000, 500, 0)) == len(recipe.methods)
+
+
+def test_recipes_are_of_something_sparse():
+    dense = [name for name in shipped() if not load_recipe(name).methods]
+    assert dense == ["cifar10_resnet_bottleneck"]  # sparse by its model
+    assert load_recipe(dense[0]).model.arguments["spatial_bottleneck"] == "structured"
 
 
 def test_the_published_protocol_of_wrn_28_2_is_kept():

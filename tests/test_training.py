@@ -221,11 +221,33 @@ def test_accuracy_is_that_of_the_finished_model_with_hard_thresholds(compiled):
     assert [row["folded_into"] for row in result.summary.learned] == ["relu1", "relu2"]
     assert (result.model.layer1.weight == 0).float().mean() > 0.7
     assert isinstance(result.model.relu1, FATReLU)
+    hidden = result.model.relu1(result.model.layer1(images.flatten(1)))
+    last = result.model.relu2(result.model.layer2(hidden))
+    zeros = int((hidden == 0).sum() + (last == 0).sum())
+    assert result.activations["sparsity"] == pytest.approx(zeros / (hidden.numel() + last.numel()))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of what the compiler imports
+def test_weights_and_activations_are_sparse_in_one_compiled_run_that_was_interrupted(tmp_path, monkeypatch):
+    recipe = small(f"methods=[{COMBINED['dsr and thresholds']}]", "compile=true")
+    whole = train(recipe, tmp_path / "whole", progress=False)
+    for step in (30, 25):
+        interrupted(monkeypatch, step, lambda: train(recipe, tmp_path / "parts", progress=False, resume=True))
+    parts = train(recipe, tmp_path / "parts", progress=False, resume=True)
+    assert equal(whole.model.state_dict(), parts.model.state_dict())
+    assert whole.summary == parts.summary
+    assert parts.summary.totals["targets_sparsity"] == pytest.approx(0.9, abs=1e-4)
+    zeros = sum(int((row == 0).sum()) for row in weights(parts.model).values() if row.dim() > 1)
+    # A weight that has just grown is zero and yet active.
+    assert zeros >= parts.summary.totals["targets_total"] - parts.summary.totals["targets_active"]
+    assert {type(parts.model.relu1), type(parts.model.relu2)} == {FATReLU}
+    assert not any(module._forward_hooks for module in parts.model.modules())
+    assert (whole.test_accuracy, whole.activations) == (parts.test_accuracy, parts.activations)
 
 
 def test_a_run_without_anything_soft_has_one_accuracy():
     result = train(small("epochs=1"), progress=False)
-    assert result.soft_test_accuracy is result.soft_validation_accuracy is None
+    assert result.soft_test_accuracy is result.soft_validation_accuracy is result.activations is None
 
 
 def test_a_run_is_not_continued_by_two_processes_at_a_time(tmp_path, monkeypatch):

@@ -131,6 +131,8 @@ def print_results(console: Console, results: Sequence[Result]) -> None:
         ("test accuracy", percent, [each.test_accuracy for each in results]),
         ("validation accuracy", percent, [each.validation_accuracy for each in results]),
         ("test accuracy before thresholds were hard", percent, [each.soft_test_accuracy for each in results]),
+        ("zeros in activations", percent, [(each.activations or {}).get("sparsity") for each in results]),
+        ("MACs that they save", percent, [(each.activations or {}).get("saved") for each in results]),
         ("sparsity of masked weights", percent, [each.sparsity if each.summary.rows else None for each in results]),
         ("sparsity of whole model", percent, [each.summary.totals["all_sparsity"] for each in results]),
     ):

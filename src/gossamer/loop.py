@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from gossamer import data, zoo
+from gossamer.activations import measure_activations
 from gossamer.attach import Sparsity, attach
 from gossamer.console import Display
 from gossamer.errors import ConfigurationError, DataError, NonFiniteError, StateError, reason
@@ -169,6 +170,13 @@ class Run:
             if (loader := loaders[part]) is not None:
                 found |= _named(part, self.evaluate(loader))
         return found
+
+    def measure_activations(self) -> dict[str, Any] | None:
+        """Totals of `gossamer.measure_activations` on the test images; None for text, and for several processes."""
+        if self.text or self.accelerator.num_processes > 1:
+            return None
+        found = measure_activations(self.model, self.test, forward=lambda _, batch: self._predict(batch[0], None))
+        return found.totals
 
     def finalize(self) -> None:
         """Make the model plain: no hooks, exact zeros."""

@@ -58,7 +58,7 @@ def called_modules(model: nn.Module) -> dict[str, nn.Module]:
     Modules within a `torch.nn.MultiheadAttention` or a batch norm of kept positions, which read them and do not call
     them, are left out.
     """
-    found = {plain_name(name): module for name, module in model.named_modules() if name}
+    found = {plain: module for name, module in model.named_modules() if (plain := plain_name(name))}
     silent = [name for name, module in found.items() if isinstance(module, _READERS)]
     return {
         name: module

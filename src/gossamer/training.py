@@ -44,6 +44,8 @@ class Result:
         soft_validation_accuracy: That before what is smooth in training became hard, such as thresholds; None where no
             method has that.
         soft_test_accuracy: Likewise.
+        activations: Totals of `gossamer.measure_activations` on the test images, of the finished model, where a method
+            makes activations sparse; None elsewhere, where no test was asked for, and for several processes.
     """
 
     seed: int
@@ -60,6 +62,7 @@ class Result:
     test_bits_per_character: float | None = None
     soft_validation_accuracy: float | None = None
     soft_test_accuracy: float | None = None
+    activations: dict[str, Any] | None = None
 
     @property
     def sparsity(self) -> float:
@@ -163,6 +166,7 @@ def train(
             test_bits_per_character=finished.get("test_bits_per_character"),
             soft_validation_accuracy=trained.get("validation_accuracy") if run.hardens else None,
             soft_test_accuracy=trained.get("test_accuracy") if run.hardens else None,
+            activations=run.measure_activations() if run.hardens and test else None,
         )
         run.release()
         if folder is not None and writes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,23 +10,28 @@ from torch import Tensor, nn
 
 from gossamer.activations.lossy import CHILD
 from gossamer.activations.measurements import fraction
-from gossamer.nn.lossy import LossyHardSparsifier, LossySparsifier
+from gossamer.nn.lossy import FATReLU, LossyHardSparsifier, LossySparsifier
+
+THRESHOLDS = (LossySparsifier, LossyHardSparsifier, FATReLU)
+"""The modules with thresholds `|eps|`."""
 
 SAMPLE_BINS = 20
 """Bins of samples' fractions of zeros."""
 
 _BINS = 1024
-"""Bins of magnitudes: the exponent and the first two bits of the mantissa of a number of single precision."""
+"""Bins of magnitudes: by the exponent and the first two bits of the mantissa of a number of single precision."""
 
 _FINITE = 1020
 """The first bin of infinity and NaN."""
 
 _CHUNK = 1 << 18
-"""Elements that are binned at a time on the CPU: few enough to stay in the cache."""
+"""Elements that are counted at a time on the CPU: few enough to stay in the cache."""
 
 
 class SiteCounter:
     """Counts what one module gives, over its calls.
+
+    All is summed on the device of the activations, in 64 bits, and read when a row is asked for.
 
     Args:
         module: The module.
@@ -36,131 +42,116 @@ class SiteCounter:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.calls = self.elements = 0
-        self._samples = 0
-        self._channels: int | None = 0  # `None` where calls differ
-        self._channel_elements = 0
-        self._sums: _Sums | None = None
+        self.calls = self.elements = self.samples = 0
+        self.channels: int | None = 0
+        self._l1: Tensor | float = 0.0
+        self._bins: Tensor | int = 0
+        self._nonzero: Tensor | int = 0
+        self._of_channels: Tensor | int = 0
+        self._of_samples: Tensor | int = 0
+        # Mean and squared deviations of samples' fractions of zeros, the least and the largest.
+        self._mean: Tensor | float = 0.0
+        self._squares: Tensor | float = 0.0
+        self._least: Tensor | float = 1.0
+        self._most: Tensor | float = 0.0
 
     def add(self, x: Tensor, dim: int) -> None:
-        """Count a call's output, whose channels run along `dim`."""
+        """Count a call's output: samples along the first dimension, and channels along `dim`."""
         self.calls += 1
         if not x.numel():
             return
         x = x.reshape(-1, 1) if x.dim() < 2 else x.movedim(dim, 1)
-        if self._sums is None:
-            self._sums = _Sums(x)
-            self._channels = x.shape[1]
-        elif self._channels != x.shape[1]:
-            self._channels = None
-        nonzero = (x != 0).flatten(2).sum(2) if x.dim() > 2 else (x != 0).long()  # (samples, channels)
-        self._sums.add(x, nonzero, self._samples, self._channels is not None)
-        self.elements += x.numel()
-        self._samples += len(x)
-        self._channel_elements += x.numel() // x.shape[1]
+        if self.channels != x.shape[1]:
+            self.channels = None if self.elements else x.shape[1]
+        for part in split_samples(x):
+            nonzero = (part != 0).reshape(*part.shape[:2], -1).sum(2)
+            if self.channels is not None:
+                self._of_channels = self._of_channels + nonzero.sum(0)
+            self._add_samples(nonzero.sum(1), part[0].numel())
+            self._l1 = self._l1 + part.abs().nan_to_num_(0, 0, 0).sum(dtype=torch.float64)
+            bits = part.float().flatten().add(0.0).view(torch.int32)  # without negative zeros
+            self._bins = self._bins + _count(bits.bitwise_right_shift(21).add_(_BINS), 2 * _BINS)
+            self.elements += part.numel()
+
+    def _add_samples(self, nonzero: Tensor, size: int) -> None:
+        """Mean and squared deviations by the update of Chan et al. (1979), which loses no digits."""
+        before, count = self.samples, len(nonzero)
+        self.samples += count
+        self._nonzero = self._nonzero + nonzero.sum()
+        zeros = size - nonzero
+        bins = zeros.mul(SAMPLE_BINS).div(size, rounding_mode="floor").clamp_(max=SAMPLE_BINS - 1)
+        self._of_samples = self._of_samples + _count(bins, SAMPLE_BINS)
+        sparsity = zeros.double() / size
+        mean = sparsity.mean()
+        change = mean - self._mean
+        self._squares = (
+            self._squares + (sparsity - mean).square().sum() + change.square() * before * count / self.samples
+        )
+        self._mean = self._mean + change * count / self.samples
+        self._least = sparsity.min().clamp(max=self._least)
+        self._most = sparsity.max().clamp(min=self._most)
 
     def row(self) -> dict[str, Any]:
         """See `ActivationMeasurements.sites`."""
-        row: dict[str, Any] = {"elements": self.elements}
-        if self._sums is None:
-            bins, channels, sample_bins = [0] * (2 * _BINS), [], [0] * SAMPLE_BINS
-            nonzero, l1, mean, squares, least, most = 0, 0.0, 0.0, 0.0, 0.0, 0.0
-        else:
-            bins, channels, sample_bins = (each.tolist() for each in self._sums.counts())
-            nonzero = int(self._sums.nonzero)
-            l1, mean, squares, least, most = self._sums.moments()
-        zeros = self.elements - nonzero
-        known = self._channels is not None
-        some = bool(self._samples)
-        non_finite = sum(bins[_FINITE:_BINS]) + sum(bins[_BINS + _FINITE :])
-        return row | {
+        # Negative values come first: their sign is the highest bit.
+        negative, positive = torch.as_tensor(self._bins).expand(2 * _BINS).view(2, _BINS).tolist()
+        non_finite = sum(negative[_FINITE:] + positive[_FINITE:])
+        zeros, l1 = self.elements - int(self._nonzero), float(self._l1)
+        alive = None
+        if self.channels is not None:
+            alive = torch.as_tensor(self._of_channels).expand(self.channels).tolist()
+            of_channel = self.elements // max(1, self.channels)
+        moments = (self._mean, (self._squares / max(1, self.samples)) ** 0.5, self._least, self._most)
+        values = map(float, moments) if self.samples else [None] * len(moments)
+        return {
+            "elements": self.elements,
             "zeros": zeros,
             "sparsity": fraction(zeros, self.elements),
-            "l0": nonzero,
+            "l0": self.elements - zeros,
             "l1": l1,
             "mean_magnitude": fraction(l1, self.elements - non_finite),
             "non_finite": non_finite,
-            "channels": self._channels,
-            "dead_channels": [i for i, count in enumerate(channels) if not count] if known else None,
-            "channel_sparsity": [1 - count / self._channel_elements for count in channels] if known else None,
-            "samples": {
-                "count": self._samples,
-                "mean": mean if some else None,
-                "std": (squares / self._samples) ** 0.5 if some else None,
-                "min": least if some else None,
-                "max": most if some else None,
-                "histogram": sample_bins,
-            },
+            "channels": self.channels,
+            "dead_channels": None if alive is None else [i for i, count in enumerate(alive) if not count],
+            "channel_sparsity": None if alive is None else [1 - count / of_channel for count in alive],
+            "samples": {"count": self.samples}
+            | dict(zip(("mean", "std", "min", "max"), values, strict=True))
+            | {"histogram": torch.as_tensor(self._of_samples).expand(SAMPLE_BINS).tolist()},
             "thresholds": thresholds(self.module),
-            "histogram": _trimmed(bins, zeros),
+            "histogram": _histogram(negative[:_FINITE], positive[:_FINITE], zeros),
         }
 
 
-class _Sums:
-    """What is summed on the device of the activations."""
-
-    def __init__(self, x: Tensor) -> None:
-        zero = torch.zeros((), dtype=torch.float64, device=x.device)
-        self.nonzero = torch.zeros((), dtype=torch.int64, device=x.device)
-        self.l1, self.mean, self.squares = zero.clone(), zero.clone(), zero.clone()
-        self.least, self.most = zero + 1, zero.clone()
-        self.of_channels = self.nonzero.new_zeros(x.shape[1])
-        self.of_samples = self.nonzero.new_zeros(SAMPLE_BINS)
-        self.bins = self.nonzero.new_zeros(2 * _BINS)
-
-    def add(self, x: Tensor, nonzero: Tensor, samples: int, same_channels: bool) -> None:
-        if same_channels:
-            self.of_channels += nonzero.sum(0)
-        self.nonzero += nonzero.sum()
-        self._add_samples(1 - nonzero.sum(1).double() / (x.numel() // len(x)), samples)
-        self.l1 += x.abs().nan_to_num_(0, 0, 0).sum(dtype=torch.float64)
-        for part in torch.split(x.flatten(), _CHUNK if x.device.type == "cpu" else x.numel()):
-            bits = part.float().view(torch.int32)
-            index = (bits >> 21).add_(_BINS).long()  # negative values first: their sign is the highest bit
-            self.bins.scatter_add_(0, index, self.nonzero.new_ones(1).expand(len(index)))
-
-    def _add_samples(self, sparsity: Tensor, samples: int) -> None:
-        """Mean and squared deviations by the pairwise update of Chan et al. (1979), which loses no digits."""
-        count = len(sparsity)
-        mean = sparsity.mean()
-        change = mean - self.mean
-        self.squares += (sparsity - mean).square().sum() + change.square() * (samples * count / (samples + count))
-        self.mean += change * (count / (samples + count))
-        self.least = torch.minimum(self.least, sparsity.min())
-        self.most = torch.maximum(self.most, sparsity.max())
-        index = (sparsity * SAMPLE_BINS).long().clamp_(max=SAMPLE_BINS - 1)
-        self.of_samples.scatter_add_(0, index, torch.ones_like(index))
-
-    def counts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of values in bins, positive ones first, of what is not zero in channels, and of samples in bins."""
-        negative, positive = self.bins[:_BINS], self.bins[_BINS:]
-        return torch.cat([positive, negative]), self.of_channels, self.of_samples
-
-    def moments(self) -> list[float]:
-        sums: list[float] = torch.stack([self.l1, self.mean, self.squares, self.least, self.most]).tolist()
-        return sums
+def split_samples(x: Tensor) -> Iterator[Tensor]:
+    """A tensor in parts along its first dimension: on the CPU of about `_CHUNK` elements, elsewhere as it is."""
+    rows = _CHUNK // max(1, x.shape[1:].numel()) if x.device.type == "cpu" else len(x)
+    return iter(torch.split(x, max(1, rows)))
 
 
 def thresholds(module: nn.Module) -> list[float]:
     """Those of a learned threshold, or of the one that a module has; else none."""
     for each in (module, module._modules.get(CHILD)):
-        if isinstance(each, LossySparsifier | LossyHardSparsifier):
-            found: list[float] = each.eps.detach().abs().double().tolist()
+        if isinstance(each, THRESHOLDS):
+            found: list[float] = each.eps.detach().abs().tolist()
             return found
     return []
 
 
-def _trimmed(bins: list[int], zeros: int) -> dict[str, list[Any]]:
-    """Bins of magnitudes from the first that has a value to the last."""
-    positive, negative = bins[:_FINITE], bins[_BINS : _BINS + _FINITE]
-    # Bin 0 has the zeros of both signs, and the smallest magnitudes.
-    rest = positive[0] + negative[0] - zeros
-    positive[0], negative[0] = rest, 0
+def _count(index: Tensor, bins: int) -> Tensor:
+    """How often each number from 0 to `bins − 1` occurs, int64 `(bins,)`."""
+    if index.device.type == "cpu":
+        return torch.bincount(index, minlength=bins)  # elsewhere it would wait for the device
+    ones = torch.ones((), dtype=torch.int64, device=index.device).expand(len(index))
+    return torch.zeros(bins, dtype=torch.int64, device=index.device).scatter_add_(0, index.long(), ones)
+
+
+def _histogram(negative: list[int], positive: list[int], zeros: int) -> dict[str, list[Any]]:
+    """Bins of magnitudes from the first that has a value to the last, without zeros, which are in the first of all."""
+    positive[0] -= zeros
     filled = [i for i in range(_FINITE) if positive[i] or negative[i]]
-    first, last = (filled[0], filled[-1] + 1) if filled else (0, 0)
-    edges = torch.arange(first, last + 1, dtype=torch.int32).mul_(1 << 21).view(torch.float32).tolist()
-    return {
-        "edges": edges if filled else [],
-        "negative": negative[first:last],
-        "positive": positive[first:last],
-    }
+    if not filled:
+        return {"edges": [], "negative": [], "positive": []}
+    inside = slice(filled[0], filled[-1] + 1)
+    bits = torch.arange(inside.start, inside.stop + 1, dtype=torch.int32) << 21
+    edges = bits.view(torch.float32).clamp(max=torch.finfo(torch.float32).max).tolist()
+    return {"edges": edges, "negative": negative[inside], "positive": positive[inside]}

@@ -9,13 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gossamer.activations.counts import split_samples
 from gossamer.activations.measurements import fraction
 
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear)
 """The layers whose multiply-accumulates are counted; `_ConvNd` is every convolution, transposed ones too."""
-
-_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
-_TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
 class MacCounter:
@@ -72,7 +70,7 @@ class MacCounter:
         transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
         self.macs += macs
         self.padding += pairs * prod(layer.kernel_size) * prod(size if transposed else output_size) - macs
-        zeros = (x == 0).sum((0, 1))
+        zeros = torch.stack([(part == 0).sum((0, 1)) for part in split_samples(x)]).sum(0)
         saved = (zeros * self._uses.of_positions).sum() * (layer.out_channels // layer.groups)
         return torch.stack([zeros.sum(), saved])
 
@@ -117,26 +115,23 @@ def position_uses(layer: nn.modules.conv._ConvNd, size: tuple[int, ...], output_
     Returns:
         int64 of `size`, on the CPU.
     """
-    # A convolution is linear: with a kernel of ones the gradient of the sum of its outputs counts the products.
-    with torch.inference_mode(False), torch.enable_grad():
-        x = torch.zeros(1, 1, *size, dtype=torch.float64, requires_grad=True)
-        kernel = torch.ones(1, 1, *layer.kernel_size, dtype=torch.float64)
-        y = _convolve(layer, x, kernel, output_size)
-        (uses,) = torch.autograd.grad(y.sum(), x)
-    return uses[0, 0].round().to(torch.int64)
+    uses = torch.ones((), dtype=torch.int64)
+    for dim, pair in enumerate(zip(size, output_size, strict=True)):
+        uses = uses.unsqueeze(-1) * _uses_along(layer, dim, *pair)
+    return uses
 
 
-def _convolve(layer: nn.modules.conv._ConvNd, x: Tensor, kernel: Tensor, output_size: tuple[int, ...]) -> Tensor:
-    """The convolution of a layer, with another kernel."""
-    dims, stride, dilation = len(output_size), layer.stride, layer.dilation
-    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
-        padding = [int(each) for each in layer.padding]
-        least = [(x.shape[2 + i] - 1) * stride[i] - 2 * padding[i] for i in range(dims)]
-        kernels = [dilation[i] * (kernel.shape[2 + i] - 1) + 1 for i in range(dims)]
-        # What the layer's `output_padding`, or the size that its caller asked for, has added.
-        added = [output_size[i] - least[i] - kernels[i] for i in range(dims)]
-        return _TRANSPOSED[dims - 1](x, kernel, None, stride, padding, added, 1, dilation)
-    if layer.padding_mode != "zeros":
-        x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
-        return _CONVOLUTIONS[dims - 1](x, kernel, None, stride, 0, dilation)
-    return _CONVOLUTIONS[dims - 1](x, kernel, None, stride, layer.padding, dilation)
+def _uses_along(layer: nn.modules.conv._ConvNd, dim: int, size: int, output_size: int) -> Tensor:
+    """`position_uses` along one dimension; that of several is the product, since a kernel covers a box."""
+    transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
+    steps = torch.arange(size if transposed else output_size) * layer.stride[dim]
+    places = steps.unsqueeze(1) + torch.arange(layer.kernel_size[dim]) * layer.dilation[dim]
+    if transposed:
+        places -= int(layer.padding[dim])
+        return ((places >= 0) & (places < output_size)).sum(1)
+    last = 2 * (len(layer.kernel_size) - 1 - dim)
+    padding = layer._reversed_padding_repeated_twice[last : last + 2]
+    mode, outside = ("constant", size) if layer.padding_mode == "zeros" else (layer.padding_mode, None)
+    positions = torch.arange(size, dtype=torch.float64).view(1, 1, size)
+    sources = F.pad(positions, padding, mode, outside).flatten().long()
+    return torch.bincount(sources[places].flatten(), minlength=size + 1)[:size]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -11,28 +12,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gossamer.activations.counts import SiteCounter
+from gossamer.activations.counts import THRESHOLDS, SiteCounter
 from gossamer.activations.lossy import CHILD
 from gossamer.activations.macs import LAYERS, MacCounter
 from gossamer.activations.measurements import ActivationMeasurements, fraction
 from gossamer.checks import check_boolean
 from gossamer.errors import ConfigurationError
-from gossamer.nn.lossy import FATReLU, LossyHardSparsifier, LossySparsifier, hard_threshold, lossy_threshold
+from gossamer.nn.lossy import LossySparsifier, hard_threshold, lossy_threshold
 from gossamer.nn.masked import SparseActivation, SparseBatchNorm, SparseSyncBatchNorm
 from gossamer.sites import Kind, Site, SiteSelection, called_modules, select_sites
 
 _PROBABILITIES = ("MultiheadAttention", "Softmax", "Softmax2d", "Softmin", "LogSoftmax")
 _FUNCTIONS = [name for name in nn.modules.activation.__all__ if name not in _PROBABILITIES]
-_THRESHOLDS = (LossySparsifier, LossyHardSparsifier, FATReLU)
 _POSITIONS = (SparseActivation, SparseBatchNorm, SparseSyncBatchNorm)
 
 SITES = Kind(
-    (*(getattr(nn, name) for name in _FUNCTIONS), *_THRESHOLDS, *_POSITIONS),
+    (*(getattr(nn, name) for name in _FUNCTIONS), *THRESHOLDS, *_POSITIONS),
     "activation function, threshold or mask of positions",
 )
 """The modules whose outputs are measured without being named."""
 
-_LAST = (nn.Linear, nn.Bilinear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag)
+_LAST = (nn.Linear, nn.Bilinear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag, nn.RNNBase)
 _SECOND = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, SparseActivation)
 """Layers whose outputs have their channels along the last and along the second dimension."""
 
@@ -50,7 +50,7 @@ def measure_activations(
     The outputs of sites are measured, and the inputs of all convolutions (transposed ones too), linear and bilinear
     layers, so that whatever lies between counts for what it does. Counts are exact, over every call of a module, and
     take the same memory however many batches there are. The model runs in evaluation mode, compiled models without
-    their compilation; afterwards it is as it was, and so is torch's random state.
+    their compilation; afterwards it is as it was, and so is torch's random state. Hooks of others run as ever.
 
     Dimension 0 is that of samples. Channels lie along dimension 1 of what convolutions, batch norms and masks of
     positions give, and along the last dimension for linear and bilinear layers, layer norms and embeddings; other sites
@@ -83,18 +83,18 @@ def measure_activations(
             f"sites: {type(model).__name__} calls no {SITES.words}, and no convolution, linear or bilinear layer; name "
             "others exactly, or give a type or a predicate"
         )
-    device = next((each.device for each in chain(model.parameters(), model.buffers())), None)
+    devices = [each.device for each in chain(model.parameters(), model.buffers())]
     batches = 0
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code would pass over the hooks
-        cuda = [device] if device is not None and device.type == "cuda" else []
-        stack.enter_context(torch.random.fork_rng(cuda))
+        if "torch._dynamo" in sys.modules:  # its import takes seconds, and nothing was compiled without it
+            stack.enter_context(torch.compiler.set_stance("force_eager"))  # compiled code would pass over the hooks
+        stack.enter_context(torch.random.fork_rng({device for device in devices if device.type == "cuda"}))
         stack.enter_context(_evaluating(model))
         stack.enter_context(_gates(called, hard))
         stack.enter_context(_hooks(called, counters, layers))
         for batch in loader:
-            (forward or _forward)(model, _moved(batch, device))
+            (forward or _forward)(model, _moved(batch, devices[0] if devices else None))
             batches += 1
     if not batches:
         raise ConfigurationError("loader: gave no batch; give one that has data left")
@@ -105,7 +105,8 @@ def measure_activations(
         )
     site_rows = [_identity(name, called[name], counter.calls) | counter.row() for name, counter in counters.items()]
     layer_rows = [_identity(name, called[name], counter.calls) | counter.row() for name, counter in layers.items()]
-    totals: dict[str, Any] = {"batches": batches, "hard": hard}
+    smoothed = 0 if hard else sum(isinstance(module, LossySparsifier) for module in called.values())
+    totals: dict[str, Any] = {"batches": batches, "hard": hard, "smoothed_thresholds": smoothed}
     totals |= {key: sum(row[key] for row in site_rows) for key in ("elements", "zeros")}
     totals["sparsity"] = fraction(totals["zeros"], totals["elements"])
     totals |= {f"input_{key}": sum(row[key] for row in layer_rows) for key in ("elements", "zeros")}
@@ -120,7 +121,7 @@ def _default_sites(called: Mapping[str, nn.Module]) -> list[Site]:
     return [
         Site(name, module)
         for name, module in called.items()
-        if isinstance(module, SITES.types) and not isinstance(module._modules.get(CHILD), _THRESHOLDS)
+        if isinstance(module, SITES.types) and not isinstance(module._modules.get(CHILD), THRESHOLDS)
     ]
 
 
@@ -139,12 +140,17 @@ def _forward(model: nn.Module, batch: Any) -> Any:
 
 
 def _moved(batch: Any, device: torch.device | None) -> Any:
-    """A batch with its tensors on the model's device."""
+    """A batch with its tensors on the model's device, of the same types."""
+    if device is None:
+        return batch
+    if hasattr(batch, "to"):  # tensors, and what holds them in a way of its own
+        return batch.to(device)
     if isinstance(batch, Mapping):
         return {key: _moved(value, device) for key, value in batch.items()}
     if isinstance(batch, tuple | list):
-        return [_moved(value, device) for value in batch]
-    return batch.to(device) if isinstance(batch, Tensor) else batch
+        moved = [_moved(value, device) for value in batch]
+        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
+    return batch
 
 
 @contextmanager
@@ -224,7 +230,7 @@ def _count_site(
             f"{name}: gives {what}, and only tensors of floating point are measured; leave it out with "
             f"sites=['!{name}', ...], or name modules within it"
         )
-    per_channel = isinstance(module, LossySparsifier | LossyHardSparsifier) and len(module.eps) > 1
+    per_channel = isinstance(module, THRESHOLDS) and len(module.eps) > 1
     counter.add(output, int(module.dim) if per_channel else channels.dim)  # type: ignore[arg-type]
 
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+
+from gossamer.activations import figures
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -28,14 +33,15 @@ class ActivationMeasurements:
             - `samples`: over samples, each at each call, `count`, and of their fractions of zeros `mean`, `std` (of
               the population), `min`, `max`, and `histogram`, counts in bins of equal width from 0 to 1.
             - `thresholds`: where the site is a learned threshold `|eps|`, one or one for each channel, else empty.
-            - `histogram`: `edges` of magnitudes, four to an octave, and how many values are within them, `negative` and
-              `positive`; zeros and values that are not finite are not among them.
+            - `histogram`: `edges` of magnitudes in single precision, four to an octave, and how many values are from
+              one on and below the next, `negative` and `positive`; zeros and what is not finite are not among them.
         layers: For each layer with weights, a row of what entered it: `name`, `type`, `calls`, `never_called`,
             `elements`, `zeros`, `sparsity`; `macs`, its multiply-accumulates with elements of the input; `saved_macs`,
             those with a zero, and `saved`, the fraction; `padding_macs`, those with padded zeros or cropped, not among
             the others.
-        totals: `batches`, `hard`; `elements`, `zeros` and `sparsity` over sites; `input_elements`, `input_zeros`,
-            `input_sparsity`, `macs`, `saved_macs`, `saved` and `padding_macs` over layers.
+        totals: `batches`; `hard`, and `smoothed_thresholds`, how many learned thresholds were not; `elements`, `zeros`
+            and `sparsity` over sites; `input_elements`, `input_zeros`, `input_sparsity`, `macs`, `saved_macs`, `saved`
+            and `padding_macs` over layers.
     """
 
     sites: list[dict[str, Any]]
@@ -48,7 +54,9 @@ class ActivationMeasurements:
 
     def table(self) -> Table:
         """Zeros of the sites' outputs as a rich table."""
-        table = Table(title="Activations", show_footer=True)
+        smoothed = self.totals["smoothed_thresholds"]
+        note = "Learned thresholds are smoothed, and give no exact zeros: hard=True measures the hard ones."
+        table = Table(title="Activations", show_footer=True, caption=note if smoothed else None)
         table.add_column("site", footer="in all", overflow="fold")
         table.add_column("type")
         table.add_column("calls", justify="right")
@@ -102,6 +110,19 @@ class ActivationMeasurements:
                 _fraction(row["saved"]),
             )
         return table
+
+    def figures(self) -> dict[str, Figure]:
+        """Matplotlib figures, those for which there are rows: `"histograms"`, `"zeros"` and `"macs"`.
+
+        Raises:
+            ConfigurationError: matplotlib is not installed.
+        """
+        found = {}
+        if any(row["elements"] for row in self.sites):
+            found = {"histograms": figures.histograms(self.sites), "zeros": figures.zero_fractions(self.sites)}
+        if any(row["macs"] for row in self.layers):
+            found["macs"] = figures.saved_macs(self.layers)
+        return found
 
     def __str__(self) -> str:
         text = io.StringIO()

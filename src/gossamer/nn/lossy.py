@@ -25,7 +25,7 @@ _LARGEST = 1e38
 def lossy_threshold(
     x: Tensor,
     eps: Tensor,
-    a: Tensor | float | None,
+    a: Tensor | float,
     dim: int = 1,
     *,
     hard: bool = False,
@@ -51,10 +51,15 @@ def lossy_threshold(
         changed in place.
 
     Raises:
-        ConfigurationError: `x` is not floating point, or has not as many channels as there are thresholds.
+        ConfigurationError: `x` is not floating point, or has not as many channels as there are thresholds; or a number
+            `a` is not above 0.
     """
     _check(x, eps, dim)
-    sharpness = a if isinstance(a, Tensor) else torch.tensor(float(a or 1), device=x.device)
+    if isinstance(a, Tensor):
+        sharpness = a
+    else:
+        _check_sharpness(a)
+        sharpness = torch.tensor(float(a), device=x.device)
     if torch.compiler.is_compiling():
         y = _expression(x, eps, sharpness, dim, hard)
         wide = y if y.dtype == torch.float64 else y.float()
@@ -77,6 +82,12 @@ def _check(x: Tensor, eps: Tensor, dim: int) -> None:
             f"lossy threshold: has {eps.numel()} thresholds for channels along dimension {dim}, and activations of "
             f"shape {tuple(x.shape)}"
         )
+
+
+def _check_sharpness(a: float) -> None:
+    check_number("a", a, 0, float("inf"), open_high=True)
+    if a == 0:
+        raise ConfigurationError("a: the sharpness must be above 0, got 0")
 
 
 def _expression(x: Tensor, eps: Tensor, a: Tensor, dim: int, hard: bool) -> Tensor:
@@ -241,9 +252,7 @@ class LossySparsifier(nn.Module):
         self, eps: float | Tensor | None = None, a: float = 1.0, *, channels: int | None = None, dim: int = 1
     ) -> None:
         super().__init__()
-        check_number("a", a, 0, float("inf"), open_high=True)
-        if a == 0:
-            raise ConfigurationError("a: the sharpness must be above 0, got 0")
+        _check_sharpness(a)
         self.eps = nn.Parameter(_first(eps, channels))
         self.dim = dim
         self.register_buffer("a", torch.tensor(float(a)))
@@ -300,7 +309,7 @@ class LossyHardSparsifier(nn.Module):
     ) -> None:
         super().__init__()
         if a is not None:
-            check_number("a", a, 0, float("inf"), open_high=True)
+            _check_sharpness(a)
         first = _first(eps, channels)
         if a is None:
             self.register_buffer("eps", first)
