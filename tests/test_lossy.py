@@ -12,7 +12,7 @@ from torch import nn
 
 import gossamer as gs
 from gossamer.nn import LossyHardSparsifier, LossySparsifier, hard_threshold, lossy_threshold
-from gossamer.penalties import L0, L1, L2, Hoyer, Penalty, as_penalty
+from gossamer.penalties import L0, L1, L2, Hoyer, Lp, Penalty, as_penalty
 
 
 def formula(x: torch.Tensor, eps: torch.Tensor, a: float, dim: int = 1) -> torch.Tensor:
@@ -30,6 +30,9 @@ PENALTIES: dict[Penalty, object] = {
     L0(2.0): lambda y: (y.square() / (y.square() + 2.0)).sum(),
     L1(): lambda y: y.abs().sum(),
     L2(): lambda y: y.square().sum().sqrt(),
+    Lp(1): lambda y: y.abs().sum(),
+    Lp(1.5): lambda y: torch.linalg.vector_norm(y, 1.5),
+    Lp(4): lambda y: torch.linalg.vector_norm(y, 4),
     Hoyer(): lambda y: y.abs().sum().square() / y.square().sum(),
 }
 
@@ -272,6 +275,7 @@ def test_a_sharp_threshold_becomes_the_hard_one_it_is_made_into() -> None:
         (lambda: LossySparsifier()(torch.ones(3, dtype=torch.int64)), "dtype torch.int64; expected floating point"),
         (lambda: LossyHardSparsifier()(torch.ones(3, dtype=torch.bool)), "dtype torch.bool; expected floating point"),
         (lambda: L0(0), "b: expected a number"),
+        (lambda: Lp(0.5), r"p: expected a number in \[1, inf\), got 0.5"),
         (lambda: as_penalty("l3"), "penalty: got 'l3'; allowed are 'l0', 'l1', 'l2', 'hoyer'"),
     ],
 )

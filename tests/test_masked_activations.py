@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from math import floor
 
 import pytest
@@ -10,9 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import gossamer as gs
-from gossamer.nn import SparseActivation, SparseBatchNorm, checkerboard
+from gossamer.nn import SparseActivation, SparseBatchNorm, SparseSyncBatchNorm, checkerboard
+from gossamer.penalties import L0, L2, Hoyer, Lp, Penalty
 
 
 @pytest.mark.parametrize(
@@ -102,6 +106,99 @@ def test_dynamic_masks_compile_in_one_graph_and_change() -> None:
             assert compiled(x).equal(plain(x))
 
 
+def test_a_pass_that_is_computed_again_has_the_same_positions() -> None:
+    torch.manual_seed(0)
+    layer = SparseActivation((4, 4), density=0.4, dynamic=True)
+    plain = copy.deepcopy(layer)
+    for _ in range(3):
+        x = torch.randn(2, 3, 4, 4, requires_grad=True)
+        checkpoint(lambda x: layer(x * 2).square(), x, use_reentrant=False).sum().backward()
+        expected, x.grad = x.grad.clone(), None
+        plain(x * 2).square().sum().backward()
+        assert x.grad.equal(expected)
+    assert layer.draws == 3
+
+
+# -- norms as penalties ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", [L0(0.3), L2(), Lp(3), Hoyer()], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_penalty_is_the_norm_of_every_output_with_its_gradient(norm: Penalty, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = SparseActivation((3, 4), density=0.5, dynamic=True, norm=norm)
+    inputs = [torch.randn(2, 3, 3, 4, dtype=dtype, requires_grad=True) for _ in range(2)]
+    outputs = [torch.relu_(layer(x)) for x in inputs]  # in place: the penalty is of what the layer gave
+    assert all(y.ge(0).all() for y in outputs)
+    penalty = layer.penalty()
+    gradients = torch.autograd.grad(penalty, inputs)
+    layer_2 = SparseActivation((3, 4), density=0.5, dynamic=True)
+    expected = sum(norm(layer_2(x).to(torch.promote_types(dtype, torch.float32))) for x in inputs)
+    torch.testing.assert_close(penalty, expected)
+    for one, two in zip(gradients, torch.autograd.grad(expected, inputs), strict=True):
+        assert one.equal(two)
+
+
+def test_the_penalty_is_of_this_step_and_of_training_only() -> None:
+    layer = SparseActivation(4, quarters=2, norm="l1")
+    x = torch.ones(1, 2, 4, 4)
+    layer(x)
+    assert layer.penalty() == 16
+    assert layer.penalty() == 0  # asked for already
+    layer.eval()(x)
+    assert layer.penalty() == 0
+    assert layer.sparsity == 0.5
+    norm = SparseBatchNorm(2, SparseActivation(4, quarters=2, norm="l2"))
+    y = norm(torch.randn(5, 2, 4, 4))
+    torch.testing.assert_close(norm.activation.penalty(), torch.linalg.vector_norm(y))
+
+
+def test_a_step_that_leaves_the_penalty_out_keeps_nothing() -> None:
+    layer = SparseActivation(4, quarters=2, norm="l1")
+    x = torch.ones(1, 1, 4, 4, requires_grad=True)
+    layer(x * 1).sum().backward()
+    assert not layer._collected
+    hidden = x * 1
+    reference = weakref.ref(hidden)
+    layer(hidden)  # no backward pass
+    layer.penalty()
+    del hidden
+    gc.disable()
+    try:
+        assert reference() is None
+    finally:
+        gc.enable()
+    kept = layer(x).sum()
+    penalty = layer.penalty()
+    layer(x * 2)  # of a step that began before the first ended
+    (kept + penalty).backward()
+    assert layer.penalty() == 16
+
+
+def test_a_copy_made_between_forward_and_backward_has_no_penalty_yet() -> None:
+    layer = SparseActivation(4, quarters=2, norm="l1")
+    layer(torch.ones(1, 1, 4, 4, requires_grad=True) * 1)
+    assert copy.deepcopy(layer).penalty() == 0
+    assert layer.penalty() == 8
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_the_penalty_compiles_in_one_graph() -> None:
+    plain, other = (SparseActivation((5, 5), density=0.4, dynamic=True, norm="hoyer") for _ in range(2))
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
+    for step in range(3):
+        x = torch.randn(2, 3, 5, 5, requires_grad=True)
+        with torch._dynamo.config.patch(error_on_recompile=step > 0):
+            compiled(x)
+        plain(x)
+        one, two = plain.penalty(), other.penalty()
+        torch.testing.assert_close(one, two)
+        torch.testing.assert_close(torch.autograd.grad(one, x), torch.autograd.grad(two, x))
+
+
+# -- batch norm ------------------------------------------------------------------------------------------------------
+
+
 def by_hand(
     x: torch.Tensor, mask: torch.Tensor, norm: SparseBatchNorm
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -119,6 +216,28 @@ def by_hand(
                 scaled = (x[n, channel, i, j] - mean) / (variance + norm.eps).sqrt()
                 y[n, channel, i, j] = scaled * norm.weight[channel] + norm.bias[channel]
     return y, torch.stack(means), torch.stack(variances)
+
+
+@pytest.mark.parametrize("momentum", [None, 0.2])
+def test_running_statistics_are_moving_averages_or_means_of_all_batches(momentum: float | None) -> None:
+    norm = SparseBatchNorm(3, SparseActivation((4, 5), density=0.4), momentum=momentum)
+    mean, variance = torch.zeros(3), torch.ones(3)
+    for step in range(3):
+        x = torch.randn(2, 3, 4, 5) * (step + 1) + step
+        norm(x)
+        _, means, variances = by_hand(x, norm.activation.mask, norm)
+        weight = 1 / (step + 1) if momentum is None else momentum
+        mean, variance = mean + weight * (means - mean), variance + weight * (variances - variance)
+    torch.testing.assert_close(norm.running_mean, mean)
+    torch.testing.assert_close(norm.running_var, variance)
+    assert norm.num_batches_tracked == 3
+
+
+def test_without_running_statistics_evaluation_is_of_the_batch() -> None:
+    norm = SparseBatchNorm(3, SparseActivation((4, 5), density=0.4), track_running_stats=False)
+    x = torch.randn(2, 3, 4, 5)
+    expected, _, _ = by_hand(x, norm.activation.mask, norm)
+    torch.testing.assert_close(norm.eval()(x), expected)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -165,11 +284,26 @@ def test_a_full_mask_is_torch_batch_norm_to_the_bit(options: dict[str, object]) 
         assert norm.state_dict()[name].equal(value)
 
 
-def test_the_synchronised_one_has_the_same_values() -> None:
-    norm = SparseBatchNorm(3, SparseActivation(4, density=0.5))
-    norm(torch.randn(5, 3, 4, 4))
-    x = torch.randn(2, 3, 4, 4)
-    assert norm.eval()(x).equal(norm.synchronized()(x))
+@pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}], ids=str)
+def test_the_synchronised_one_has_the_same_values_and_parameters(options: dict[str, object]) -> None:
+    norm = SparseBatchNorm(3, SparseActivation(4, density=0.5), **options).double()
+    norm(torch.randn(5, 3, 4, 4, dtype=torch.float64))
+    norm.requires_grad_(False)
+    other = norm.synchronized()
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    assert other(x).equal(copy.deepcopy(norm)(x))  # in one process training needs no GPU
+    assert norm.eval()(x).equal(other.eval()(x))
+    assert [*map(id, other.parameters())] == [*map(id, norm.parameters())]
+    assert other.state_dict().keys() == norm.state_dict().keys()
+
+
+def test_a_model_is_converted_with_its_masks() -> None:
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(SparseBatchNorm(3, SparseActivation(4, density=0.5))))
+    net = SparseSyncBatchNorm.convert_sync_batchnorm(SparseSyncBatchNorm.convert_sync_batchnorm(net))
+    assert [type(each) for each in (net[0], net[1][0])] == [nn.SyncBatchNorm, SparseSyncBatchNorm]
+    assert isinstance(SparseSyncBatchNorm.convert_sync_batchnorm(nn.BatchNorm1d(3)), nn.SyncBatchNorm)
+    y = net.eval()(torch.randn(2, 3, 4, 4))
+    assert y.ne(0).sum() == 2 * 3 * 8
 
 
 @pytest.mark.parametrize(
@@ -183,6 +317,7 @@ def test_the_synchronised_one_has_the_same_values() -> None:
         (lambda: SparseActivation(0, density=0.5), "size: expected"),
         (lambda: SparseActivation(4, mask=torch.ones(3, 4)), r"mask: got \(3, 4\), torch.float32; .* for \(4, 4\)"),
         (lambda: SparseActivation(2, mask=torch.full((2, 2), 0.5)), "expected True and False"),
+        (lambda: SparseActivation(4, density=0.5, norm="l7"), "norm: got 'l7'; allowed are 'l0'"),
         (lambda: SparseActivation(4, density=0.5)(torch.ones(1, 1, 4, 5)), r"4×4, got shape \(1, 1, 4, 5\)"),
         (lambda: SparseBatchNorm(1, SparseActivation(4, density=0.5))(torch.ones(1, 1, 5, 5)), "4×4, got shape"),
     ],
@@ -190,3 +325,8 @@ def test_the_synchronised_one_has_the_same_values() -> None:
 def test_bad_arguments_are_named(call: object, message: str) -> None:
     with pytest.raises(gs.ConfigurationError, match=message):
         call()
+
+
+def test_a_penalty_without_a_norm_is_refused() -> None:
+    with pytest.raises(gs.OrderError, match="has no norm to penalise; make it with norm='l1'"):
+        SparseActivation(4, quarters=2).penalty()

@@ -27,7 +27,7 @@ from gossamer.hooks import StepHooks
 from gossamer.masks import MaskedTensor, count_active, enforce, pack, rows_like
 from gossamer.method import Masks, MaskUpdate, Method
 from gossamer.summary import Summary, summarize
-from gossamer.targets import local, named_weights
+from gossamer.targets import local, named_weights, whole
 
 logger = logging.getLogger(__name__)
 
@@ -152,6 +152,7 @@ class Sparsity:
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Parameter groups of what the methods learn (scores, thresholds), without weight decay; may be empty."""
+        self._reshard()  # the optimizer's parameters are the shards
         return [group for method in self.methods for group in method.param_groups()]
 
     @torch.no_grad()
@@ -188,15 +189,14 @@ class Sparsity:
                 zero = local(gradient).new_zeros(1)
                 gradient = DTensor.from_local(zero, gradient.device_mesh, gradient.placements, run_check=False)
             gradients.append(gradient)
-        norm = nn.utils.get_total_norm(gradients, norm_type, error_if_nonfinite)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
+        norm = whole(nn.utils.get_total_norm(gradients, norm_type, error_if_nonfinite))
         nn.utils.clip_grads_with_norm_(trained, max_norm, norm)
         return norm
 
     def penalty(self) -> Tensor:
-        """Sum of the methods' loss terms for this step, 0-dim; 0 where no method has one."""
-        terms = [term for method in self.methods if (term := method.penalty()) is not None]
+        """Sum of the methods' loss terms for this step, 0-dim; 0 where no method has one, and after the end."""
+        methods = self.methods if self._hooks.attached else ()
+        terms = [term for method in methods if (term := method.penalty()) is not None]
         if terms:
             return torch.stack(terms).sum()
         device = next((p.device for p in self._model.parameters()), None)

@@ -114,6 +114,25 @@ def largest_in_cells(scores: Tensor, counts: Tensor, size: int) -> Tensor:
     return (rank < counts.view(-1, 1)).view(-1)
 
 
+def largest_along(scores: Tensor, count: int, dim: int) -> Tensor:
+    """The `count` largest along a dimension; equal scores from the lowest index, NaN as if infinite.
+
+    Args:
+        scores: Of any shape.
+        count: From 0 to the length of the dimension.
+        dim: The dimension.
+
+    Returns:
+        bool, of the shape of `scores`, with exactly `count` along the dimension.
+    """
+    if not count:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    scores = torch.where(scores.isnan(), torch.inf, scores)
+    least = scores.topk(count, dim, sorted=False).values.amin(dim, keepdim=True)
+    above, ties = scores > least, scores == least
+    return above | (ties & (ties.cumsum(dim, dtype=torch.int32) <= count - above.sum(dim, keepdim=True)))
+
+
 def refuse_nan(groups: Sequence[Groups], scores: Sequence[Tensor]) -> None:
     """Raise a NonFiniteError, on all ranks, where a weight's scores contain NaN."""
     nan = [score.amax().isnan() if len(score) else torch.zeros((), device=score.device) for score in scores]

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.utils import parametrize
 
 from gossamer.errors import ConfigurationError
-from gossamer.targets import Target, local
+from gossamer.targets import Target, local, whole
 
 INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integer type of so many bytes, for work on the bits of a number."""
@@ -225,7 +225,7 @@ class Shared(Protocol):
 def rows_like(values: Tensor, parameter: Tensor) -> Tensor:
     """This rank's part of values that are whole or sharded in any way, sharded as the parameter is."""
     if not isinstance(parameter, DTensor):
-        return values.full_tensor() if isinstance(values, DTensor) else values
+        return whole(values)
     mesh, placements = parameter.device_mesh, parameter.placements
     if isinstance(values, DTensor):
         return values.redistribute(mesh, placements).to_local()

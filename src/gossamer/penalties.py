@@ -23,8 +23,12 @@ TERMS: dict[str, tuple[Term, Term]] = {
     "near_one": (lambda y, b: (square := y * y).div_(square + b), lambda y, b: (2 * b * y).div_((y * y + b).square_())),
     "absolute": (lambda y, b: y.abs(), lambda y, b: y.sign()),
     "square": (lambda y, b: y * y, lambda y, b: 2 * y),
+    "power": (lambda y, b: y.abs().pow(b), lambda y, b: y.abs().pow_(b - 1).mul_(b).mul_(y.sign())),
 }
-"""Functions of an element that penalties sum, and their derivatives; new tensors. `b` is the smoothing of L0."""
+"""Functions of an element that penalties sum, and their derivatives; new tensors.
+
+`b` is the number that a penalty gives them: the smoothing of L0, the exponent of Lp.
+"""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Penalty:
 
     Attributes:
         terms: The sums it needs, names of `TERMS`.
-        b: Smoothing of L0, where it is one.
+        b: What their functions take besides the element.
     """
 
     terms: ClassVar[tuple[str, ...]]
@@ -79,8 +83,31 @@ class L2(Penalty):
 
     def value(self, *sums: Tensor) -> Tensor:
         """See `Penalty.value`."""
-        zero = sums[0] == 0
-        return torch.where(zero, 0, torch.where(zero, 1, sums[0]).sqrt())
+        return _root(sums[0], 2)
+
+
+@dataclass(frozen=True)
+class Lp(Penalty):
+    """`(Σ |y|ᵖ)^(1/p)`; its gradient at 0 is 0.
+
+    Attributes:
+        p: From 1 on; for 1 and 2 `L1` and `L2` do the same in less time.
+    """
+
+    p: float
+    terms = ("power",)
+
+    def __post_init__(self) -> None:
+        check_number("p", self.p, 1, float("inf"), open_high=True)
+
+    @property
+    def b(self) -> float:  # type: ignore[override]  # what it is made from, and constant elsewhere
+        """The exponent."""
+        return self.p
+
+    def value(self, *sums: Tensor) -> Tensor:
+        """See `Penalty.value`."""
+        return _root(sums[0], self.p)
 
 
 @dataclass(frozen=True)
@@ -93,6 +120,11 @@ class Hoyer(Penalty):
         """See `Penalty.value`; 0 where every element is 0."""
         zero = sums[1] == 0
         return torch.where(zero, 0, sums[0].square() / torch.where(zero, 1, sums[1]))
+
+
+def _root(total: Tensor, p: float) -> Tensor:
+    zero = total == 0
+    return torch.where(zero, 0, torch.where(zero, 1, total).pow(1 / p))
 
 
 PENALTIES: dict[str, Callable[[], Penalty]] = {"l0": L0, "l1": L1, "l2": L2, "hoyer": Hoyer}

@@ -339,3 +339,9 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a sharded tensor (DTensor), or the tensor itself; shares memory with its argument."""
     detached = tensor.detach()
     return detached.to_local() if hasattr(detached, "to_local") else detached
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a sharded tensor (DTensor), a collective call; or the tensor itself."""
+    detached = tensor.detach()
+    return detached.full_tensor() if isinstance(detached, DTensor) else detached

@@ -228,6 +228,25 @@ def test_channels_of_norms_have_thresholds_of_their_own() -> None:
     torch.testing.assert_close(net(x), torch.where(y > e, y, 0))
 
 
+def test_thresholds_have_the_type_of_the_weights_around_them() -> None:
+    net = nn.Sequential(nn.Identity(), nn.Linear(3, 3), nn.Linear(3, 2)).bfloat16()
+    net[1].double()
+    gs.attach(net, gs.LossyThreshold())
+    assert (net[0].sparsifier.eps.dtype, net[1].sparsifier.eps.dtype) == (torch.float64, torch.float64)
+    net = nn.Sequential(nn.Linear(3, 3), nn.ReLU()).to("meta")
+    gs.attach(net, gs.LossyThreshold(sites="1"))
+    assert net[1].sparsifier.eps.is_meta
+
+
+@pytest.mark.parametrize("end", ["finalize", "detach"])
+def test_there_is_no_penalty_after_the_end(end: str) -> None:
+    run = Run(gs.LossyThreshold(0.5)).train(range(2))
+    run.net(batch(2))
+    getattr(run.sparsity, end)()
+    run.net(batch(3))
+    assert run.sparsity.penalty() == 0
+
+
 def test_detached_networks_are_as_they_were() -> None:
     net = Net()
     before, keys = net(batch(0)), list(net.state_dict())

@@ -382,6 +382,14 @@ def test_thresholds_and_masks_of_positions_are_sites_and_what_reads_them_is_one(
     assert row(measured, "3")["thresholds"] == [pytest.approx(0.3)]
 
 
+def test_k_winners_are_sites() -> None:
+    net = nn.Sequential(nn.Linear(2, 4), gs.nn.KWinners(2, 0.25, inference_factor=1.0))
+    measured = gs.measure_activations(net, [random(3, 2, 6, 2)], sites="1")  # the linear layer before has them last
+    assert row(measured, "1")["sparsity"] == 0.75
+    assert len(row(measured, "1")["channel_sparsity"]) == 2
+    assert [each["name"] for each in gs.measure_activations(net, [random(3, 2, 6, 2)]).sites] == ["1"]
+
+
 def test_threshold_on_an_activation_function_is_one_site() -> None:
     net = Net()
     gs.attach(net, gs.LossyThreshold(eps=0.2, sites=[nn.ReLU, "!idle"]))

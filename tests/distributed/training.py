@@ -147,8 +147,8 @@ class Run:
         parts = list(zip(x.chunk(self.micro_batches), y.chunk(self.micro_batches), strict=True))
         for i, (inputs, wanted) in enumerate(parts):
             with self._gradients_stay_local(i + 1 < len(parts)):
-                loss = (self.wrapped(inputs) - wanted).square().mean() / len(parts)
-                loss.backward()
+                loss = (self.wrapped(inputs) - wanted).square().mean()
+                ((loss + self.sparsity.penalty()) / len(parts)).backward()
 
     @torch.no_grad()
     def evaluate(self) -> None:

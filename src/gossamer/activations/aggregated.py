@@ -5,41 +5,53 @@ The interface is that of PyTorch's experimental `ActivationSparsifier`: code for
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
+import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from gossamer.activations.functions import Aggregate, RowByRow, by_name
+from gossamer.activations.over_ranks import over_ranks
+from gossamer.collect import recomputing
 from gossamer.errors import ConfigurationError, NonFiniteError, OrderError, StateError
+from gossamer.sites import SiteSelection, select_sites
 from gossamer.targets import plain_name
 
-Aggregate = Callable[[Tensor, Tensor], Tensor]
-Reduce = Callable[[Tensor], Tensor]
-MaskOf = Callable[..., Tensor]
+AggregateFn = str | Aggregate | Callable[[Tensor, Tensor], Tensor]
+ReduceFn = str | Callable[[Tensor], Tensor]
+MaskFn = str | Callable[..., Tensor]
 
-_FUNCTIONS = ("aggregate_fn", "reduce_fn", "mask_fn")
+_ARGUMENTS = ("aggregate_fn", "reduce_fn", "mask_fn", "features", "feature_dim")
 _STATES = ("aggregate", "sparsify", "None")
 
 
 class ActivationSparsifier:
     """Multiplies what enters layers by masks made from what entered them before.
 
-    `mask = mask_fn(reduce_fn(aggregate_fn(… aggregate_fn(x₁, x₂) …, xₙ)), **sparse_config)`, where `xᵢ` is a layer's
-    first input at its i-th call. `register_layer` begins to watch, `step` makes masks, `squash_mask` applies them.
+    `mask = mask_fn(reduce_fn(aggregate), **sparse_config)`, where the aggregate is of a layer's first inputs at all its
+    calls. `register_layers` begins to watch, `step` makes masks, `squash_mask` applies them: where a mask is 0, exact
+    zeros enter the layer.
 
-    Aggregates are detached. Where a batch is smaller than others its rows are aggregated with as many of theirs. Ranks'
-    aggregates are aggregated in turn, so that all have the same masks.
+    Each function may be one of `gossamer.activations.functions`, by name or not, or one's own. Aggregates are
+    detached, and taken over all processes, so that these have the same masks.
 
     Args:
         model: The model.
-        aggregate_fn: Default of all layers: takes two tensors and returns one of their shape.
-        reduce_fn: Likewise: takes the aggregate and returns what the mask is made of.
-        mask_fn: Likewise: takes that, and the configuration by name; returns the mask, which broadcasts over inputs.
-        features: Likewise: indices along `feature_dim` that have masks of their own; other features pass. `None` for
-            one mask of all.
+        aggregate_fn: Default of all layers: `"mean"`, `"running_mean"`, `"max"`, `"quantile"`, or an `Aggregate`. A
+            function takes two batches and returns one of their shape, beginning with the first two, `aggregate_fn(…
+            aggregate_fn(x₁, x₂) …, xₙ)`; where a batch is smaller than others its rows are aggregated with as many of
+            theirs.
+        reduce_fn: Likewise: `"batch_mean"`, `"channel_mean"`, or a function that takes the aggregate and returns what
+            the mask is made of.
+        mask_fn: Likewise: `"magnitude"` (with `threshold`), `"top_fraction"` (`fraction`), `"quantile"` (`q`), or a
+            function that takes that, and the configuration by name; returns the mask, which broadcasts over inputs.
+        features: Likewise: indices along `feature_dim`, or lists of them, that have masks of their own; other features
+            pass. `None` for one mask of all.
         feature_dim: Likewise: the dimension of features.
         sparse_config: Likewise: further arguments of `mask_fn`.
 
@@ -47,43 +59,59 @@ class ActivationSparsifier:
         model: The model.
         defaults: The defaults.
         data_groups: For each registered layer, by its name in the model, its functions and configuration, its `layer`,
-            its `hook` and `hook_state` (`"aggregate"`, `"sparsify"` or `"None"`), and `data`, the aggregate so far.
+            its `hook` and `hook_state` (`"aggregate"`, `"sparsify"` or `"None"`), and, where it was called since the
+            last step, `data`: what is kept of its inputs, one tensor or one for each feature.
         state: For each registered layer its `mask`: a tensor, or one for each feature.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        aggregate_fn: Aggregate | None = None,
-        reduce_fn: Reduce | None = None,
-        mask_fn: MaskOf | None = None,
-        features: Sequence[int] | None = None,
+        aggregate_fn: AggregateFn | None = None,
+        reduce_fn: ReduceFn | None = None,
+        mask_fn: MaskFn | None = None,
+        features: Sequence[Any] | None = None,
         feature_dim: int | None = None,
         **sparse_config: Any,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise ConfigurationError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         self.model = model
-        self.defaults: dict[str, Any] = {
-            "sparse_config": sparse_config,
-            "aggregate_fn": aggregate_fn,
-            "reduce_fn": reduce_fn,
-            "mask_fn": mask_fn,
-            "features": features,
-            "feature_dim": feature_dim,
-        }
+        values = aggregate_fn, reduce_fn, mask_fn, features, feature_dim
+        self.defaults: dict[str, Any] = dict(zip(_ARGUMENTS, values, strict=True)) | {"sparse_config": sparse_config}
         self.data_groups: dict[str, dict[str, Any]] = {}
         self.state: dict[str, dict[str, Any]] = {}
 
     # -- layers --------------------------------------------------------------------------------------------------------
 
+    def register_layers(self, sites: SiteSelection = None, **options: Any) -> ActivationSparsifier:
+        """Begin to aggregate what enters layers of the model.
+
+        Args:
+            sites: Which, as in `gossamer.sites.select_sites`, the last one too; `None` for every convolution, linear,
+                bilinear or identity module.
+            options: As of `register_layer`, for all of them.
+
+        Returns:
+            Itself, so that this may follow the constructor.
+
+        Raises:
+            ConfigurationError: As of `register_layer`, or a selection that matches nothing; none is registered.
+        """
+        given = {key: options.pop(key, None) for key in _ARGUMENTS}
+        found = select_sites(self._root(), sites, logits=True)
+        configs = [self._config(site.name, given, options) for site in found]
+        for site, config in zip(found, configs, strict=True):
+            self._register(site.name, site.module, config)
+        return self
+
     def register_layer(
         self,
         layer: nn.Module,
-        aggregate_fn: Aggregate | None = None,
-        reduce_fn: Reduce | None = None,
-        mask_fn: MaskOf | None = None,
-        features: Sequence[int] | None = None,
+        aggregate_fn: AggregateFn | None = None,
+        reduce_fn: ReduceFn | None = None,
+        mask_fn: MaskFn | None = None,
+        features: Sequence[Any] | None = None,
         feature_dim: int | None = None,
         **sparse_config: Any,
     ) -> None:
@@ -92,28 +120,12 @@ class ActivationSparsifier:
         A layer that is registered already begins anew.
 
         Raises:
-            ConfigurationError: The layer is not in the model, a function is missing, or features without a dimension.
+            ConfigurationError: The layer is not in the model, a function is missing or unknown, the mask's does not
+                take its configuration, or features without a dimension.
         """
         name = self._name_of(layer)
-        given = {
-            "aggregate_fn": aggregate_fn,
-            "reduce_fn": reduce_fn,
-            "mask_fn": mask_fn,
-            "features": features,
-            "feature_dim": feature_dim,
-        }
-        config = self.defaults | {key: value for key, value in given.items() if value is not None}
-        config["sparse_config"] = {**self.defaults["sparse_config"], **sparse_config}
-        for key in _FUNCTIONS:
-            if not callable(config[key]):
-                raise ConfigurationError(f"{name}: {key} is {config[key]!r}; give a function, here or as a default")
-        if config["features"] is not None and config["feature_dim"] is None:
-            raise ConfigurationError(f"{name}: features={config['features']!r} need a feature_dim; give it as well")
-        if name in self.data_groups:
-            self.unregister_layer(name)
-        self.data_groups[name] = config | {"layer": layer, "hook_state": "None"}
-        self.state[name] = {"mask": None}
-        self._hook(name, "aggregate")
+        values = aggregate_fn, reduce_fn, mask_fn, features, feature_dim
+        self._register(name, layer, self._config(name, dict(zip(_ARGUMENTS, values, strict=True)), sparse_config))
 
     def unregister_layer(self, name: str) -> None:
         """Take the hook off a layer and forget it.
@@ -142,26 +154,65 @@ class ActivationSparsifier:
             raise OrderError(f"{name}: has no mask yet, since the layer was not called; run a forward pass first")
         return mask  # type: ignore[no-any-return]
 
+    def _config(self, name: str, given: Mapping[str, Any], sparse_config: Mapping[str, Any]) -> dict[str, Any]:
+        """What is given, and the defaults where it is not; functions are looked up, and everything checked."""
+        config = self.defaults | {key: value for key, value in given.items() if value is not None}
+        config["sparse_config"] = {**self.defaults["sparse_config"], **sparse_config}
+        try:
+            for key in _ARGUMENTS[:3]:
+                config[key] = by_name(key, config[key])
+            signature = inspect.signature(config["mask_fn"])
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{name}: {error}") from None
+        except ValueError:  # a builtin, which does not say what it takes
+            signature = None
+        try:
+            if signature is not None:
+                signature.bind(None, **config["sparse_config"])
+        except TypeError as error:
+            raise ConfigurationError(f"{name}: mask_fn with {config['sparse_config']}: {error}") from None
+        if config["features"] is not None:
+            if not isinstance(config["feature_dim"], int):
+                raise ConfigurationError(f"{name}: features={config['features']!r} need a feature_dim; give it as well")
+            try:
+                indices = [np.asarray(feature).astype(int, casting="safe") for feature in config["features"]]
+            except (TypeError, ValueError):
+                raise ConfigurationError(
+                    f"{name}: features={config['features']!r}; give integers, or lists of them"
+                ) from None
+            config["features"] = [index.tolist() for index in indices]
+        return config
+
+    def _register(self, name: str, layer: nn.Module, config: Mapping[str, Any], state: str = "aggregate") -> None:
+        if name in self.data_groups:
+            self.unregister_layer(name)
+        self.data_groups[name] = {**{key: config[key] for key in self.defaults}, "layer": layer}
+        self.state[name] = {"mask": None}
+        self._hook(name, state)
+
     # -- masks ---------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self) -> None:
         """Make the masks of all layers from what was aggregated since the last step, which is then forgotten.
 
+        Where processes work together this is a collective call.
+
         Raises:
-            OrderError: A layer was not called since.
+            OrderError: A layer was not called since, in one of the processes.
             ConfigurationError, NonFiniteError: As for `update_mask`; no mask is changed.
         """
+        watched = {name: group for name, group in self.data_groups.items() if group["hook_state"] == "aggregate"}
+        kept = over_ranks({name: _listed(group.get("data")) for name, group in watched.items()})
         masks = {}
-        for name, group in self.data_groups.items():
-            if group["hook_state"] != "aggregate":
-                continue
-            if group.get("data") is None:
-                raise OrderError(f"{name}: nothing was aggregated since the last step; run a forward pass first")
-            masks[name] = self._mask_of(name, self._over_ranks(group["data"], group["aggregate_fn"]), group)
+        for name, group in watched.items():
+            aggregate = _as_aggregate(group["aggregate_fn"])
+            joined = [_named(name, reduce, aggregate.join, parts) for parts in kept[name]]
+            data = [aggregate.finish(each) for each in joined]
+            masks[name] = self._mask_of(name, _like(group["features"], data), group)
         for name, mask in masks.items():
             self.state[name]["mask"] = mask
-            self.data_groups[name]["data"] = None
+            del self.data_groups[name]["data"]
 
     @torch.no_grad()
     def update_mask(self, name: str, data: Any, configs: Mapping[str, Any]) -> None:
@@ -173,10 +224,11 @@ class ActivationSparsifier:
             configs: `reduce_fn`, `mask_fn`, `features`, `feature_dim` and `sparse_config`.
 
         Raises:
-            ConfigurationError: A function returns something else than a tensor, or a mask that does not broadcast over
-                the layer's inputs.
-            NonFiniteError: A mask has NaN.
+            ConfigurationError: No layer is registered by this name, or a function returns something else than a tensor,
+                or a mask that does not broadcast over the layer's inputs.
+            NonFiniteError: A function returns NaN.
         """
+        self._group(name)
         self.state[name]["mask"] = self._mask_of(name, data, configs)
 
     def squash_mask(self, attach_sparsify_hook: bool = True, **kwargs: Any) -> None:
@@ -196,46 +248,22 @@ class ActivationSparsifier:
             self._hook(name, "sparsify" if attach_sparsify_hook else "None")
 
     def _mask_of(self, name: str, data: Any, configs: Mapping[str, Any]) -> Tensor | list[Tensor]:
-        parts = [data] if configs["features"] is None else data
         masks = []
-        for part in parts:
-            reduced = configs["reduce_fn"](part)
-            if not isinstance(reduced, Tensor):
-                raise ConfigurationError(f"{name}: reduce_fn returned {type(reduced).__name__}, expected a tensor")
-            mask = configs["mask_fn"](reduced, **configs["sparse_config"])
-            if not isinstance(mask, Tensor):
-                raise ConfigurationError(f"{name}: mask_fn returned {type(mask).__name__}, expected a tensor")
-            try:
-                fits = mask.expand_as(part).shape == part.shape
-            except RuntimeError:
-                fits = False
-            if not fits:
+        for part in _listed(data):
+            value = part
+            for key, options in (("reduce_fn", {}), ("mask_fn", configs["sparse_config"])):
+                value = _named(name, configs[key], value, **options)
+                if not isinstance(value, Tensor):
+                    raise ConfigurationError(f"{name}: {key} returned {type(value).__name__}, expected a tensor")
+                if value.isnan().any():
+                    raise NonFiniteError(f"{name}: {key} returned NaN; it, or the layer's inputs, have to be finite")
+            if not _broadcasts(value, part):
                 raise ConfigurationError(
-                    f"{name}: mask_fn returned a mask of shape {tuple(mask.shape)}, which does not broadcast over "
+                    f"{name}: mask_fn returned a mask of shape {tuple(value.shape)}, which does not broadcast over "
                     f"inputs of shape {tuple(part.shape)}"
                 )
-            if mask.is_floating_point() and mask.isnan().any():
-                raise NonFiniteError(f"{name}: mask_fn returned a mask with NaN")
-            masks.append(mask.detach().clone())
-        return masks[0] if configs["features"] is None else masks
-
-    def _over_ranks(self, data: Any, aggregate: Aggregate) -> Any:
-        """The aggregate of all ranks'."""
-        if isinstance(data, list):
-            return [self._over_ranks(part, aggregate) for part in data]
-        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-            return data
-        rows = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=data.device)
-        rows[dist.get_rank()] = len(data)
-        dist.all_reduce(rows)
-        padded = data.new_zeros((int(rows.max()), *data.shape[1:]))
-        padded[: len(data)] = data
-        gathered = [torch.empty_like(padded) for _ in rows]
-        dist.all_gather(gathered, padded)
-        whole = None
-        for part, count in zip(gathered, rows.tolist(), strict=True):
-            whole = part[:count] if whole is None else _aggregate(whole, part[:count], aggregate)
-        return whole
+            masks.append(value.detach().clone())
+        return _like(configs["features"], masks)  # type: ignore[no-any-return]
 
     # -- hooks ---------------------------------------------------------------------------------------------------------
 
@@ -252,92 +280,94 @@ class ActivationSparsifier:
     @torch.no_grad()
     def _aggregate(self, name: str, x: Tensor) -> None:
         group = self.data_groups[name]
+        aggregate, features, before = _as_aggregate(group["aggregate_fn"]), group["features"], group.get("data")
         x = x.detach()
-        before = group.get("data")
-        features = group["features"]
-        if features is None:
-            group["data"] = x.clone() if before is None else self._checked(name, before, x)
-            if self.state[name]["mask"] is None:
-                self.state[name]["mask"] = torch.ones_like(x)
-            return
-        parts = [x.index_select(group["feature_dim"], index) for index in self._indices(name, x)]
+        parts = [x] if features is None else [x.index_select(*each) for each in self._indices(name, x)]
         if before is None:
-            group["data"] = parts
+            data = [aggregate.start(part) for part in parts]
         else:
-            group["data"] = [self._checked(name, *pair) for pair in zip(before, parts, strict=True)]
+            data = [self._updated(name, *pair, aggregate) for pair in zip(_listed(before), parts, strict=True)]
+        group["data"] = _like(features, data)
         if self.state[name]["mask"] is None:
-            self.state[name]["mask"] = [torch.ones_like(part) for part in parts]
+            self.state[name]["mask"] = _like(features, [torch.ones_like(part) for part in parts])
 
-    def _checked(self, name: str, before: Tensor, x: Tensor) -> Tensor:
+    def _updated(self, name: str, before: Tensor, x: Tensor, aggregate: Aggregate) -> Tensor:
         if before.shape[1:] != x.shape[1:]:
             raise ConfigurationError(
-                f"{name}: inputs have shape {tuple(x.shape)}, and earlier ones {tuple(before.shape)}; only batches of "
-                "other sizes can be aggregated"
+                f"{name}: inputs have shape {tuple(x.shape)}, and earlier ones (…, {str(tuple(before.shape[1:]))[1:]}; "
+                "only batches of other sizes can be aggregated"
             )
-        try:
-            return _aggregate(before, x, self.data_groups[name]["aggregate_fn"])
-        except _WrongResultError as error:
-            raise ConfigurationError(f"{name}: aggregate_fn {error}") from None
+        return _named(name, aggregate.update, before, x)  # type: ignore[no-any-return]
 
     def _sparsify(self, name: str, x: Tensor) -> Tensor:
         group, mask = self.data_groups[name], self.state[name]["mask"]
         if group["features"] is None:
-            return x * mask.to(x.device, x.dtype)  # type: ignore[no-any-return]
-        for index, part in zip(self._indices(name, x), mask, strict=True):
-            chosen = x.index_select(group["feature_dim"], index)
-            x = x.index_copy(group["feature_dim"], index, chosen * part.to(x.device, x.dtype))
+            return _masked(name, x, mask)
+        for (dim, index), part in zip(self._indices(name, x), mask, strict=True):
+            x = x.index_copy(dim, index, _masked(name, x.index_select(dim, index), part))
         return x
 
-    def _indices(self, name: str, x: Tensor) -> list[Tensor]:
-        """The indices of each feature, which may be a number or a list of them."""
+    def _indices(self, name: str, x: Tensor) -> list[tuple[int, Tensor]]:
+        """The dimension of features and the indices of each, which may be a number or a list of them."""
         group = self.data_groups[name]
         dim, features = group["feature_dim"], group["features"]
         if not -x.dim() <= dim < x.dim():
             raise ConfigurationError(f"{name}: feature_dim={dim}, but inputs have shape {tuple(x.shape)}")
-        found = [torch.as_tensor(feature, dtype=torch.int64, device=x.device).reshape(-1) for feature in features]
+        found = [[feature] if isinstance(feature, int) else feature for feature in features]
         size = x.shape[dim]
-        if wrong := next((index for index in found if ((index < 0) | (index >= size)).any()), None):
+        if wrong := next((index for index in found if not all(0 <= each < size for each in index)), None):
             raise ConfigurationError(
-                f"{name}: feature {wrong.tolist()} is out of range; inputs have {size} along dimension {dim}"
+                f"{name}: feature {wrong} is out of range; inputs have {size} along dimension {dim}"
             )
-        return found
+        return [(dim, torch.tensor(index, dtype=torch.int64, device=x.device)) for index in found]
+
+    # -- names ---------------------------------------------------------------------------------------------------------
+
+    def _root(self) -> nn.Module:
+        """The model, in whatever is around it to train it in several processes."""
+        root = self.model
+        while isinstance(root, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            root = root.module
+        return root
+
+    def _modules(self) -> dict[str, nn.Module]:
+        return {plain_name(name): module for name, module in self._root().named_modules()}
+
+    def _name_of(self, layer: nn.Module) -> str:
+        for name, module in self._modules().items():
+            if module is layer:
+                return name
+        raise ConfigurationError(f"layer: this {type(layer).__name__} is not a module of the model")
 
     def _group(self, name: str) -> dict[str, Any]:
         if name not in self.data_groups:
             raise ConfigurationError(f"no layer {name!r} is registered; registered are {sorted(self.data_groups)}")
         return self.data_groups[name]
 
-    def _name_of(self, layer: nn.Module) -> str:
-        for name, module in self.model.named_modules():
-            if module is layer:
-                return plain_name(name)
-        raise ConfigurationError(f"layer: this {type(layer).__name__} is not a module of the model")
-
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Masks, aggregates and whether each layer is watched or masked, as tensors and plain values.
 
-        Functions and configurations are code, and are not saved: register the layers before loading.
+        Functions and their configurations are code, and are not saved: what is still watched has to be registered
+        before loading. Masks alone need no function.
         """
+        keys = ("hook_state", "features", "feature_dim", "data")
         return {
             "state": {name: {"mask": each["mask"]} for name, each in self.state.items()},
-            "data_groups": {
-                name: {"hook_state": each["hook_state"], "data": each.get("data")}
-                for name, each in self.data_groups.items()
-            },
+            "data_groups": {name: {key: each.get(key) for key in keys} for name, each in self.data_groups.items()},
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
-        """Restore what `state_dict` gave; layers that are not registered yet get the defaults.
+        """Restore what `state_dict` gave, here or in PyTorch's class; layers that are not registered get the defaults.
 
         Args:
             state_dict: The state.
             strict: Whether the layers must be the same.
 
         Raises:
-            StateError: It is no such state, or of other layers; nothing is changed.
-            ConfigurationError: A layer is not registered, and there are no default functions.
+            StateError: It is no such state, or of other layers or features; nothing is changed.
+            ConfigurationError: A layer is watched and not registered, and there are no default functions.
         """
         groups = state_dict.get("data_groups") if isinstance(state_dict, Mapping) else None
         masks = state_dict.get("state") if isinstance(state_dict, Mapping) else None
@@ -345,23 +375,50 @@ class ActivationSparsifier:
             raise StateError(
                 "state: expected 'state' and 'data_groups' of the same layers; it is not one of this class"
             )
-        modules = {plain_name(name): module for name, module in self.model.named_modules()}
+        if strict and (missing := sorted(set(self.data_groups) - set(groups))):
+            raise StateError(f"{missing[0]}: is registered, and the state has no such layer; load with strict=False")
+        modules = self._modules()
+        found = []
         for name, group in groups.items():
             if name not in modules:
                 raise StateError(
                     f"{name}: the state is of this layer, and the model has none; load it into its own model"
                 )
-            if not isinstance(group, Mapping) or group.get("hook_state") not in _STATES:
-                raise StateError(f"{name}: the saved state is damaged")
-        if strict and (missing := sorted(set(self.data_groups) - set(groups))):
-            raise StateError(f"{missing[0]}: is registered, and the state has no such layer; load with strict=False")
-        for name in groups:
-            if name not in self.data_groups:
-                self.register_layer(modules[name])
-        for name, group in groups.items():
-            self.state[name] = {"mask": _copied(masks[name]["mask"])}
-            self.data_groups[name]["data"] = _copied(group.get("data"))
-            self._hook(name, group["hook_state"])
+            found.append((name, *self._read(name, group, masks[name])))
+        for name, config, state, mask, data in found:
+            self._register(name, modules[name], config, state)
+            self.state[name]["mask"] = mask
+            if data is not None:
+                self.data_groups[name]["data"] = data
+
+    def _read(self, name: str, group: Any, saved: Any) -> tuple[dict[str, Any], str, Any, Any]:
+        """A layer's configuration, hook state, mask and data, from its saved state; raises where it is damaged."""
+        try:
+            state, features, dim = group["hook_state"], group["features"], group["feature_dim"]
+            mask, data = (self._copied(each) for each in (saved["mask"], group.get("data")))
+            sizes = {len(_listed(each)) for each in (mask, data)} - {0}
+            damaged = sizes - {1 if features is None else len(features)} or state not in _STATES
+            damaged = damaged or (state == "sparsify" and mask is None)
+        except (AttributeError, KeyError, TypeError):
+            damaged = True
+        if damaged:
+            raise StateError(f"{name}: the saved state is damaged")
+        if (config := self.data_groups.get(name)) is None:
+            config = self.defaults | {"features": features, "feature_dim": dim}
+            if state == "aggregate":
+                config = self._config(name, config, {})
+        elif (config["features"], config["feature_dim"]) != (features, dim):
+            raise StateError(
+                f"{name}: the state has features={features}, feature_dim={dim}, and the layer is registered with "
+                f"{config['features']}, {config['feature_dim']}; register it as it was saved"
+            )
+        return config, state, mask, data
+
+    def _copied(self, saved: Any) -> Any:
+        """A copy of a saved mask or aggregate, where the model is; PyTorch's class saves masks as sparse tensors."""
+        device = next((parameter.device for parameter in self.model.parameters()), None)
+        copies = [each.to_dense().to(device=device, copy=True) for each in _listed(saved)]
+        return copies if isinstance(saved, list) else next(iter(copies), None)
 
     def __repr__(self) -> str:
         layers = "\n".join(
@@ -384,10 +441,14 @@ class _Hook:
         key, x = next(((key, value) for key, value in values if isinstance(value, Tensor)), (None, None))
         if x is None:
             raise ConfigurationError(f"{self.name}: was called without a tensor; unregister this layer")
-        if not x.is_floating_point():
-            raise ConfigurationError(f"{self.name}: got activations of dtype {x.dtype}; expected floating point")
+        if not x.is_floating_point() or not x.dim():
+            raise ConfigurationError(
+                f"{self.name}: got activations of shape {tuple(x.shape)} and dtype {x.dtype}; expected batches of "
+                "floating point; unregister this layer"
+            )
         if not self.sparsify:
-            self.sparsifier._aggregate(self.name, x)
+            if len(x) and not recomputing():
+                self.sparsifier._aggregate(self.name, x)
             return None
         y = self.sparsifier._sparsify(self.name, x)
         if isinstance(key, int):
@@ -395,20 +456,41 @@ class _Hook:
         return args, {**kwargs, str(key): y}
 
 
-class _WrongResultError(Exception):
-    """What a user's function returned cannot be used."""
+def _as_aggregate(function: Any) -> Aggregate:
+    return function if isinstance(function, Aggregate) else RowByRow(function)
 
 
-def _aggregate(before: Tensor, x: Tensor, aggregate: Aggregate) -> Tensor:
-    """Aggregate two tensors; of the larger, the rows that the other lacks stay as they are."""
-    rows = min(len(before), len(x))
-    both = aggregate(before[:rows], x[:rows])
-    if not isinstance(both, Tensor) or both.shape != x[:rows].shape:
-        found = tuple(both.shape) if isinstance(both, Tensor) else type(both).__name__
-        raise _WrongResultError(f"returned {found}, expected a tensor of shape {tuple(x[:rows].shape)}")
-    longer = before if len(before) > len(x) else x
-    return both.detach() if len(longer) == rows else torch.cat([both.detach(), longer[rows:]])
+def _named(name: str, function: Callable[..., Any], *values: Any, **options: Any) -> Any:
+    """Call a function; what it refuses is told with the layer's name."""
+    try:
+        return function(*values, **options)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{name}: {error}") from None
 
 
-def _copied(value: Any) -> Any:
-    return [each.clone() for each in value] if isinstance(value, list) else None if value is None else value.clone()
+def _broadcasts(mask: Tensor, x: Tensor) -> bool:
+    """Whether a mask stands for one of the shape of `x`."""
+    sizes = zip(reversed(mask.shape), reversed(x.shape), strict=False)
+    return mask.dim() <= x.dim() and all(size in (1, whole) for size, whole in sizes)
+
+
+def _masked(name: str, x: Tensor, mask: Tensor) -> Tensor:
+    """The product, with +0 wherever the mask is 0, whatever was there."""
+    if not _broadcasts(mask, x):
+        raise ConfigurationError(
+            f"{name}: its mask has shape {tuple(mask.shape)}, which does not broadcast over inputs of shape "
+            f"{tuple(x.shape)}; make masks without a batch dimension (by reduce_fn), from inputs of this shape"
+        )
+    mask = mask.to(x.device)
+    kept = x if mask.dtype == torch.bool else x * mask.to(x.dtype)
+    return torch.where(mask != 0, kept, torch.zeros_like(kept))
+
+
+def _listed(value: Any) -> list[Any]:
+    """One tensor, or one for each feature, as a list; empty where there is none."""
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def _like(features: Any, values: list[Tensor]) -> Any:
+    """The opposite of `_listed`."""
+    return values[0] if features is None else values

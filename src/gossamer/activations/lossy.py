@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
@@ -10,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.checks import check_boolean, check_integer, check_number
+from gossamer.collect import Collected, recomputing
 from gossamer.errors import ConfigurationError, OrderError
 from gossamer.fold import following_relus, is_plain_relu, replace_module
 from gossamer.method import Masks, Method, Proposal
 from gossamer.nn.lossy import LossySparsifier, hard_threshold, lossy_threshold
 from gossamer.penalties import Penalty, as_penalty
 from gossamer.sites import Site, SiteSelection, select_sites
-from gossamer.targets import matches, plain_name
+from gossamer.targets import matches, plain_name, whole
 
 CHILD = "sparsifier"
 """The name of the module that is put into each site."""
@@ -121,8 +123,8 @@ class LossyThreshold(Method):
         """See `Method.install`."""
         for site, (channels, dim) in zip(self.placed, self._channels, strict=True):
             sparsifier = PlacedSparsifier(self.eps, self.sharpness, channels=channels, dim=dim)
-            sparsifier.remember_for(site.name, self._penalty, self.hard)
-            put(sparsifier, site, self.position)
+            sparsifier.remember_for(self._penalty, self.hard)
+            sparsifier.join(site, self._model, self.position)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """See `Method.param_groups`."""
@@ -192,14 +194,15 @@ class LossyThreshold(Method):
 
         `moved` is by how much the hard threshold changes the site's output, `‖hard − smoothed‖ / ‖smoothed‖` over the
         forward passes in evaluation mode since the last one in training; `None` where there was none. After `finalize`,
-        `folded_into` is the ReLU that the threshold became one with.
+        `folded_into` is the ReLU that the threshold became one with. `moved` is of this process alone; of sharded
+        thresholds it is a collective call.
         """
         found = []
         for site in self.placed:
             sparsifier = site.module._modules.get(CHILD)
             if not isinstance(sparsifier, PlacedSparsifier):
                 return getattr(self, "_last", [])
-            e = sparsifier.eps.detach().abs()
+            e = whole(sparsifier.eps).abs()
             found.append(
                 {
                     "site": site.name,
@@ -263,6 +266,17 @@ class SiteSparsifier(LossySparsifier):
 
     site: str
 
+    def join(self, site: Site, model: nn.Module, position: str = "after") -> None:
+        """Become the child of a site's module, applied to its output or input, on its device."""
+        self.site = site.name
+        # Of the type of the weights beside it: FSDP2 shards parameters of one type together.
+        parameters = itertools.chain(site.module.parameters(), model.parameters())
+        reference = next((each for each in parameters if each.is_floating_point()), None)
+        if reference is not None:
+            self.to(reference.device)
+            self.eps.data = self.eps.to(reference.dtype)
+        put(self, site, position)
+
     def forward(self, x: Tensor) -> Tensor:
         """The threshold of a site's output, or input."""
         return self.threshold(x)[0]
@@ -283,14 +297,13 @@ class SiteSparsifier(LossySparsifier):
 class PlacedSparsifier(SiteSparsifier):
     """The threshold of a site: it remembers what a penalty needs of each forward pass."""
 
-    def remember_for(self, site: str, penalty: Penalty, hard: bool) -> None:
-        """Say where it is and what it is for."""
-        self.site = site
+    def remember_for(self, penalty: Penalty, hard: bool) -> None:
+        """Say what it is for."""
         self.penalty = penalty
         self.is_hard = hard
         self.has_run = False
-        self._collected = _Collected()
-        self._moved = _Collected()
+        self._collected = Collected()
+        self._moved = Collected()
 
     def forward(self, x: Tensor) -> Tensor:
         """The threshold of a site's output, or input."""
@@ -298,8 +311,7 @@ class PlacedSparsifier(SiteSparsifier):
             x, hard=self.is_hard, terms=self.penalty.terms if self.training else (), b=self.penalty.b
         )
         if self.training:
-            # Where activation checkpointing computes a part again, it does so within the backward pass.
-            if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            if not recomputing():
                 self._collected.append((sums, y.numel()))
                 self.has_run = True
                 self._moved.clear()
@@ -311,9 +323,7 @@ class PlacedSparsifier(SiteSparsifier):
 
     def take(self) -> list[tuple[Tensor, int]]:
         """Sums and number of activations of the forward passes so far, which are then forgotten."""
-        taken = list(self._collected)
-        self._collected.clear()
-        return taken
+        return self._collected.take()
 
     def moved(self) -> float | None:
         """See `LossyThreshold.learned`."""
@@ -321,16 +331,6 @@ class PlacedSparsifier(SiteSparsifier):
             return None
         change, size = map(float, torch.stack(list(self._moved)).sum(0).tolist())
         return float((change / size) ** 0.5) if size else 0.0
-
-
-class _Collected(list[Any]):
-    """A list that copies and pickles leave behind: it holds tensors of a graph."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Collected:
-        return _Collected()
-
-    def __reduce__(self) -> tuple[type[_Collected], tuple[()]]:
-        return _Collected, ()
 
 
 def check_free(site: Site) -> None:
@@ -345,11 +345,8 @@ def check_free(site: Site) -> None:
         )
 
 
-def put(threshold: nn.Module, site: Site, position: str = "after") -> None:
-    """Make a threshold the child of a site's module, applied to its output (or input), on its device."""
-    reference = next(site.module.parameters(), None)
-    if reference is not None:
-        threshold.to(reference.device)
+def put(threshold: nn.Module, site: Site, position: str) -> None:
+    """Make a threshold the child of a site's module, applied to its output, or input."""
     site.module.add_module(CHILD, threshold)
     if position == "after":
         site.module.register_forward_hook(_after)

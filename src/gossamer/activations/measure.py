@@ -18,6 +18,7 @@ from gossamer.activations.macs import LAYERS, MacCounter
 from gossamer.activations.measurements import ActivationMeasurements, fraction
 from gossamer.checks import check_boolean
 from gossamer.errors import ConfigurationError
+from gossamer.nn.kwinners import KWinners
 from gossamer.nn.lossy import LossySparsifier, hard_threshold, lossy_threshold
 from gossamer.nn.masked import SparseActivation, SparseBatchNorm, SparseSyncBatchNorm
 from gossamer.sites import Kind, Site, SiteSelection, called_modules, select_sites
@@ -27,13 +28,13 @@ _FUNCTIONS = [name for name in nn.modules.activation.__all__ if name not in _PRO
 _POSITIONS = (SparseActivation, SparseBatchNorm, SparseSyncBatchNorm)
 
 SITES = Kind(
-    (*(getattr(nn, name) for name in _FUNCTIONS), *THRESHOLDS, *_POSITIONS),
+    (*(getattr(nn, name) for name in _FUNCTIONS), KWinners, *THRESHOLDS, *_POSITIONS),
     "activation function, threshold or mask of positions",
 )
 """The modules whose outputs are measured without being named."""
 
 _LAST = (nn.Linear, nn.Bilinear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag, nn.RNNBase)
-_SECOND = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, SparseActivation)
+_SECOND = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, SparseActivation, KWinners)
 """Layers whose outputs have their channels along the last and along the second dimension."""
 
 
@@ -52,9 +53,9 @@ def measure_activations(
     take the same memory however many batches there are. The model runs in evaluation mode, compiled models without
     their compilation; afterwards it is as it was, and so is torch's random state. Hooks of others run as ever.
 
-    Dimension 0 is that of samples. Channels lie along dimension 1 of what convolutions, batch norms and masks of
-    positions give, and along the last dimension for linear and bilinear layers, layer norms and embeddings; other sites
-    have theirs where the last of these layers that ran before them has.
+    Dimension 0 is that of samples. Channels lie along dimension 1 of what convolutions, batch norms, masks of positions
+    and k-winners give, and along the last dimension for linear and bilinear layers, layer norms and embeddings; other
+    sites have theirs where the last of these layers that ran before them has.
 
     Args:
         model: The model, attached, finalized or plain.

@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.hooks import RemovableHandle
 
 from gossamer import guard
-from gossamer.activations.lossy import CHILD, SiteSparsifier, check_free, put
+from gossamer.activations.lossy import CHILD, SiteSparsifier, check_free
 from gossamer.checks import check_number
 from gossamer.errors import ConfigurationError
 from gossamer.nn import LossyHardSparsifier, LossySparsifier
@@ -178,8 +178,7 @@ def addSparsifierLayers(
     sparsifiers = [_Undecayed(eps_start) for _ in chosen]
     found: OrderedDict[str, Any] = OrderedDict()
     for site, sparsifier in zip(chosen, sparsifiers, strict=True):
-        sparsifier.site = site.name
-        put(sparsifier, site)
+        sparsifier.join(site, model)
         site.module.register_load_state_dict_pre_hook(_from_the_notebook)  # type: ignore[no-untyped-call]
         inner = found
         for part in site.name.split("."):

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from gossamer.checks import check_integer, check_number
 from gossamer.errors import ConfigurationError
 from gossamer.penalties import TERMS
+from gossamer.targets import whole
 
 _CHUNK = 1 << 16
 """Elements that are worked on at a time on the CPU: few enough to stay in the cache between the steps of a formula."""
@@ -263,11 +264,11 @@ class LossySparsifier(nn.Module):
 
     def hard(self) -> LossyHardSparsifier:
         """The hard threshold that this one approaches, with a copy of its values."""
-        return LossyHardSparsifier(self.eps, dim=self.dim).train(self.training)
+        return LossyHardSparsifier(whole(self.eps), dim=self.dim).train(self.training)
 
     def relu(self) -> FATReLU:
         """The hard threshold with a ReLU after it, as one."""
-        return FATReLU(self.eps, dim=self.dim).train(self.training)
+        return FATReLU(whole(self.eps), dim=self.dim).train(self.training)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         _read_scalar(state_dict, prefix, self.a)

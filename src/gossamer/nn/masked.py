@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.checks import MAX_SEED, check_boolean, check_integer, check_number
-from gossamer.errors import ConfigurationError
+from gossamer.collect import Collected, recomputing
+from gossamer.errors import ConfigurationError, OrderError
+from gossamer.penalties import Penalty, as_penalty
 from gossamer.splitmix import splitmix
 
 
@@ -41,6 +43,7 @@ class SparseActivation(nn.Module):
         dense_inference: Whether evaluation leaves activations dense, scaled by the fraction kept; `None` where masks
             are dynamic.
         seed: Of the random positions.
+        norm: What `penalty` is of the output: `"l0"`, `"l1"`, `"l2"`, `"hoyer"`, or a `gossamer.penalties.Penalty`.
 
     Attributes:
         mask: bool `size`, a buffer: the present positions.
@@ -62,6 +65,7 @@ class SparseActivation(nn.Module):
         dynamic: bool = False,
         dense_inference: bool | None = None,
         seed: int = 0,
+        norm: str | Penalty | None = None,
     ) -> None:
         super().__init__()
         height, width = (size, size) if isinstance(size, int) else size
@@ -76,6 +80,8 @@ class SparseActivation(nn.Module):
         self.seed = seed
         self.dense_inference = dynamic if dense_inference is None else dense_inference
         check_boolean("dense_inference", self.dense_inference)
+        self.norm = None if norm is None else as_penalty(norm, "norm")
+        self._collected = Collected()
         total = self.size[0] * self.size[1]
         if density is not None:
             check_number("density", density, 0, 1)
@@ -98,14 +104,35 @@ class SparseActivation(nn.Module):
         """Fraction of positions that are kept."""
         return self.kept / (self.size[0] * self.size[1])
 
+    @property
+    def sparsity(self) -> float:
+        """Fraction of positions that are set to 0."""
+        return 1 - self.density
+
     def forward(self, x: Tensor) -> Tensor:
-        """`(N, C, height, width)` → the same with zeros, or scaled in dense inference; a new tensor."""
-        self.check(x)
-        if self.training and self.dynamic:
-            self.redraw()
+        """`(N, C, height, width)` → the same with zeros, or scaled in dense inference; a new tensor.
+
+        Raises:
+            ConfigurationError: Another height or width.
+        """
+        self.prepare(x, self.training)
         if not self.training and self.dense_inference:
             return x * self.density
-        return torch.where(self.mask, x, torch.zeros_like(x))
+        mask = self.mask.clone() if self.dynamic else self.mask  # the next call may come before the backward pass
+        return self.collect(torch.where(mask, x, torch.zeros_like(x)), self.training)
+
+    def penalty(self) -> Tensor:
+        """Sum of `norm` over the outputs in training since it was last asked for, 0-dim; they are then forgotten.
+
+        It is a term of the loss. Outputs whose backward pass came by before are forgotten too.
+
+        Raises:
+            OrderError: No `norm` was given.
+        """
+        if self.norm is None:
+            raise OrderError("SparseActivation: has no norm to penalise; make it with norm='l1', for example")
+        values = [value for _, value in self._collected.take()]
+        return torch.stack(values).sum() if values else torch.zeros((), device=self.mask.device)
 
     @torch.no_grad()
     def redraw(self) -> None:
@@ -113,12 +140,24 @@ class SparseActivation(nn.Module):
         self.draws.add_(1)
         self.mask.copy_(self._draw())
 
-    def check(self, x: Tensor) -> None:
-        """Raise a ConfigurationError where activations have another height or width."""
+    def prepare(self, x: Tensor, training: bool) -> None:
+        """Check activations, and choose other positions where they are dynamic, before the mask is read.
+
+        Raises:
+            ConfigurationError: Another height or width.
+        """
         if tuple(x.shape[-2:]) != self.size:
             raise ConfigurationError(
                 f"SparseActivation: is for activations of {self.size[0]}×{self.size[1]}, got shape {tuple(x.shape)}"
             )
+        if training and self.dynamic and not recomputing():
+            self.redraw()
+
+    def collect(self, y: Tensor, training: bool) -> Tensor:
+        """Collect the norm of an output in training; returns the output."""
+        if self.norm is None or not training or recomputing():
+            return y
+        return self._collected.until_backward(self.norm(y if y.dtype == torch.float64 else y.float()), y)
 
     def positions(self) -> Tensor:
         """The kept positions of a flattened image, int64 `(kept,)`, in order."""
@@ -148,19 +187,18 @@ class _OfKept:
             ConfigurationError: Another height or width than the mask's.
         """
         activation = self.activation
-        activation.check(x)
         training: bool = self.training  # type: ignore[attr-defined]
-        if training and activation.dynamic:
-            activation.redraw()
+        activation.prepare(x, training)
         normalize = super().forward  # type: ignore[misc]
         if not training and activation.dense_inference:
             return normalize(x) * activation.density  # type: ignore[no-any-return]
         if activation.kept == activation.mask.numel():
-            return normalize(x)  # type: ignore[no-any-return]
+            return activation.collect(normalize(x), training)
         # The kept positions as one long dimension: the statistics of batch norm are then those of them alone.
         index = activation.positions()
         kept = normalize(x.flatten(2)[:, :, index].unsqueeze(2)).squeeze(2)
-        return x.new_zeros((*x.shape[:2], x[0, 0].numel()), dtype=kept.dtype).index_copy(2, index, kept).view(x.shape)
+        y = x.new_zeros((*x.shape[:2], activation.mask.numel()), dtype=kept.dtype).index_copy(2, index, kept)
+        return activation.collect(y.view(x.shape), training)
 
 
 class SparseBatchNorm(_OfKept, nn.BatchNorm2d):
@@ -171,7 +209,8 @@ class SparseBatchNorm(_OfKept, nn.BatchNorm2d):
 
     Args:
         num_features: Channels.
-        activation: The mask; where it is dynamic it is drawn anew by each forward pass in training.
+        activation: The mask; where it is dynamic it is drawn anew by each forward pass in training. Its penalty is of
+            what is normalised.
         options: Those of `torch.nn.BatchNorm2d`.
     """
 
@@ -180,18 +219,36 @@ class SparseBatchNorm(_OfKept, nn.BatchNorm2d):
         self.activation = activation
 
     def synchronized(self, process_group: Any = None) -> SparseSyncBatchNorm:
-        """One with the same parameters and statistics that takes those of all processes together in training."""
+        """One of the same parameters, statistics and mask that in training normalises over all processes."""
         options = {key: getattr(self, key) for key in ("eps", "momentum", "affine", "track_running_stats")}
         result = SparseSyncBatchNorm(self.num_features, self.activation, process_group=process_group, **options)
-        if self.weight is not None:
-            result.to(self.weight.device)
-        result.load_state_dict(self.state_dict())
-        return result.train(self.training)
+        for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+            setattr(result, name, getattr(self, name))
+        result.training = self.training
+        return result
 
 
 class SparseSyncBatchNorm(_OfKept, nn.SyncBatchNorm):
-    """`SparseBatchNorm` over all processes; as `torch.nn.SyncBatchNorm` it needs a GPU in training."""
+    """`SparseBatchNorm` over all processes; as `torch.nn.SyncBatchNorm` it needs a GPU in training.
+
+    `SparseSyncBatchNorm.convert_sync_batchnorm(model)` converts a model; that of `torch.nn.SyncBatchNorm` would put
+    plain batch norms in the place of sparse ones.
+    """
 
     def __init__(self, num_features: int, activation: SparseActivation, **options: Any) -> None:
         super().__init__(num_features, **options)
         self.activation = activation
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
+        """Put synchronised batch norms in the place of all of a model's, sparse ones for sparse ones.
+
+        Arguments and result are those of `torch.nn.SyncBatchNorm.convert_sync_batchnorm`.
+        """
+        if isinstance(module, SparseBatchNorm):
+            return module.synchronized(process_group)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, cls):
+            return nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)  # type: ignore[no-any-return, no-untyped-call]
+        for name, child in module.named_children():
+            module.add_module(name, cls.convert_sync_batchnorm(child, process_group))
+        return module
