@@ -38,7 +38,7 @@ def option_tables() -> list[tuple[str, str]]:
     """Each set of keys that the page of old options gives, with its recipe."""
     recipe, found = None, []
     for line in (ROOT / "docs" / "from-the-seeds.md").read_text().splitlines():
-        if heading := re.match(r"\| option of .* \| keys of `(\w+)` \|", line):
+        if heading := re.match(r"\| (?:option|setting) of .* \| keys of `(\w+)` \|", line):
             recipe = heading[1]
         elif not line.startswith("|"):
             recipe = None

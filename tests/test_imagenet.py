@@ -14,6 +14,7 @@ from data import pictures
 from gossamer import zoo
 from gossamer.cli import app
 from gossamer.errors import ConfigurationError, DataError, StateError
+from gossamer.penalties import L0, as_penalty
 from gossamer.recipe import load_recipe
 from gossamer.training import train
 from gossamer.weights import DSR, RigL
@@ -159,6 +160,32 @@ def test_the_published_protocol_of_rigl_is_kept():
     assert (recipe.optimizer.arguments["weight_decay"], recipe.label_smoothing) == (1e-4, 0.1)
 
 
+def test_the_protocol_of_the_lossy_sparsifier_is_kept():
+    recipe = load_recipe("caltech101_alexnet")
+    steps = -(-(8677 - 2 * 1736) // 32)
+    (method,) = recipe.build_methods(30 * steps, steps, 0)
+    assert (method.strength, as_penalty(method.norm), method.eps, method.sharpness) == (0.1, L0(0.1), 0.5, 1.0)
+    # The sharpness of an epoch, counted from 1, is that after the steps of those before it.
+    sharpness = [method._sharpness((epoch - 1) * steps) for epoch in range(1, 31)]
+    assert sharpness == [1] * 4 + [2] * 5 + [4] * 5 + [8] * 5 + [16] * 11
+    rates = [recipe.optimizer.arguments["lr"] * recipe.schedule.factor(epoch, 1, 30) for epoch in range(30)]
+    assert rates == pytest.approx([0.01] * 10 + [0.005] * 10 + [0.0025] * 10)
+    assert recipe.optimizer.arguments == {"lr": 0.01, "weight_decay": 1e-3}
+    assert (recipe.epochs, recipe.data.batch_size, recipe.model.name) == (30, 32, "torchvision:alexnet")
+
+
+def test_the_protocol_of_the_lossy_sparsifier_trains_on_a_small_folder_of_classes(root, tmp_path):
+    place = shutil.copytree(root / "train", tmp_path / "classes")
+    shutil.copytree(place / "n01", place / "BACKGROUND_Google")
+    own = ["data.image_size=64", "data.workers=0", "data.batch_size=16", "data.validation=4", "data.test=4", "epochs=1"]
+    own += ["methods.0.double_at=[1 epochs]", "model.dropout=0.0"]
+    result = train(load_recipe("caltech101_alexnet", [f"data.root={place}", *own]), progress=False)
+    assert result.steps == 2  # of 32 images to train on
+    learned = result.summary.learned
+    layers = ["features.0", "features.3", "features.6", "features.8", "features.10", "classifier.1", "classifier.4"]
+    assert [(row["site"], row["sharpness"]) for row in learned] == [(layer, 2.0) for layer in layers]
+
+
 def test_what_dsr_makes_sparse_is_what_the_network_names():
     with torch.device("meta"):
         network = zoo.build("i1k_resnet", depth=50)
@@ -174,6 +201,8 @@ def test_what_dsr_makes_sparse_is_what_the_network_names():
         ("data.validation=40", "command line 'data.validation=40': data.validation:", "from 0 to 39"),
         ("data.batch_size=64", "command line 'data.batch_size=64': data.batch_size:", "has only 40 images to train on"),
         ("data.augment={flip: true}", "command line 'data.augment={flip: true}': data.augment:", "leave it out"),
+        ("data.test=8", "command line 'data.test=8': data.test:", "has train and val, and the images in val are for"),
+        ("data.exclude=[n09]", "command line 'data.exclude=[n09]': data.exclude:", "has no class 'n09'; did you mean"),
         ("data.name=cifar10", "command line 'data.root=", "is for imagenet, a folder of images, and not for 'cifar10'"),
         ("data.name=imagnet", "command line 'data.root=", "not for 'imagnet'"),
         ("label_smoothing=1", "command line 'label_smoothing=1': label_smoothing:", "less than 1, got 1"),

@@ -208,9 +208,16 @@ def test_straight_through_has_hard_values_and_the_gradients_of_the_smoothed_thre
 
 
 def test_a_scalar_threshold_of_the_earlier_package_loads() -> None:
-    layer = LossySparsifier()
-    layer.load_state_dict({"eps": torch.tensor(0.7), "a": torch.tensor(4.0)})
-    assert layer.eps.tolist() == [pytest.approx(0.7)]
+    layer = LossySparsifier(a=4.0)
+    layer.load_state_dict({"eps": torch.tensor(0.7)})  # its sharpness was not saved
+    assert (layer.eps.tolist(), layer.a) == ([pytest.approx(0.7)], 4)
+    layer.load_state_dict({"eps": torch.tensor(0.7), "a": torch.tensor(8.0)})
+    assert layer.a == 8
+    with pytest.raises(RuntimeError, match=r'Missing key.*"a"'):
+        layer.load_state_dict({"eps": torch.tensor([0.7])})
+    trained = LossyHardSparsifier(a=2.0)
+    trained.load_state_dict({"eps": torch.tensor(0.7)})
+    assert (trained.eps.tolist(), trained.a) == ([pytest.approx(0.7)], 2)
     layer.a = 16
     assert layer.a == 16
     hard = layer.hard()
@@ -219,6 +226,26 @@ def test_a_scalar_threshold_of_the_earlier_package_loads() -> None:
     other = copy.deepcopy(layer)
     other.a = 2.0
     assert layer.a == 16
+
+
+@pytest.mark.parametrize("kind", [LossySparsifier, LossyHardSparsifier])
+def test_a_first_threshold_is_a_number_a_tensor_that_is_copied_or_nothing(kind: type[nn.Module]) -> None:
+    assert kind().eps.tolist() == kind(None).eps.tolist() == kind(0.1).eps.tolist()
+    given = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+    layer, three = kind(given), kind(given, channels=3)
+    with torch.no_grad():
+        given.fill_(9)
+    assert (layer.eps.tolist(), layer.eps.dtype) == ([0.3], torch.float64)
+    assert three.eps.tolist() == [0.3] * 3
+    assert kind(torch.tensor([0.1, 0.2])).eps.shape == (2,)
+    assert "eps" in dict(kind().named_buffers() if kind is LossyHardSparsifier else kind().named_parameters())
+
+
+def test_half_precision_is_summed_in_single() -> None:
+    x = torch.full((100_000,), 2.0, dtype=torch.float16, requires_grad=True)
+    for penalty, expected in ((L0(1.0), 80_000.0), (L1(), 200_000.0), (L2(), 400_000**0.5), (Hoyer(), 100_000.0)):
+        assert float(penalty(x).detach()) == pytest.approx(expected)
+        assert torch.autograd.grad(penalty(x), x)[0].isfinite().all()
 
 
 def test_a_sharp_threshold_becomes_the_hard_one_it_is_made_into() -> None:
@@ -235,6 +262,10 @@ def test_a_sharp_threshold_becomes_the_hard_one_it_is_made_into() -> None:
         (lambda: LossySparsifier(a=-1), r"a: expected a number in \[0"),
         (lambda: LossySparsifier("x"), "eps: expected a number"),
         (lambda: LossySparsifier(float("nan")), "eps: expected a number"),
+        (lambda: LossySparsifier(torch.tensor(1)), r"eps: expected a number, or.*\(channels,\), got \(\), torch.int64"),
+        (lambda: LossyHardSparsifier(torch.ones(2), channels=3), r"of shape \(\), \(1,\) or \(3,\), got \(2,\)"),
+        (lambda: LossySparsifier(torch.ones(0)), r"got \(0,\), torch.float32"),
+        (lambda: LossySparsifier(torch.ones(2, 2)), r"got \(2, 2\), torch.float32"),
         (lambda: LossySparsifier(channels=0), "channels: expected an integer of at least 1"),
         (
             lambda: LossySparsifier(channels=3)(torch.randn(2, 4)),

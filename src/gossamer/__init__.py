@@ -6,6 +6,7 @@ from gossamer import nn, penalties, schedule, scores
 from gossamer.activations import ActivationMeasurements, ActivationSparsifier, LossyThreshold, measure_activations
 from gossamer.attach import Sparsity, attach
 from gossamer.compat.dst import DSModel
+from gossamer.compat.lossy import SparseLoss
 from gossamer.errors import (
     ConfigurationError,
     DataError,
@@ -15,6 +16,7 @@ from gossamer.errors import (
     StateError,
 )
 from gossamer.method import Change, MaskUpdate, Method, Proposal
+from gossamer.nn import LossyHardSparsifier, LossySparsifier
 from gossamer.prune import import_torch_masks, prune
 from gossamer.structure import ISS, NM, Block, Element
 from gossamer.summary import Summary
@@ -37,6 +39,8 @@ __all__ = [
     "DataError",
     "Element",
     "GossamerError",
+    "LossyHardSparsifier",
+    "LossySparsifier",
     "LossyThreshold",
     "MaskUpdate",
     "Method",
@@ -44,6 +48,7 @@ __all__ = [
     "OrderError",
     "Proposal",
     "RigL",
+    "SparseLoss",
     "Sparsity",
     "StateError",
     "Static",

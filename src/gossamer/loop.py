@@ -240,10 +240,12 @@ class Run:
             with self.accelerator.main_process_first():
                 if section.name != data.IMAGE_FOLDER:
                     return data.load(section.name, validation=section.validation, train=section.train)
-                options = section.model_dump(include={"validation", "image_size", "workers"}, exclude_none=True)
+                keys = {"validation", "test", "exclude", "image_size", "workers"}
+                options = section.model_dump(include=keys, exclude_none=True)
                 return data.load_image_folder(section.root, **options)
         except ConfigurationError as error:
-            raise self.recipe.error(("data", key_in(str(error), ("validation", "train")) or "name"), error) from None
+            key = key_in(str(error), ("validation", "train", "test", "exclude")) or "name"
+            raise self.recipe.error(("data", key), error) from None
         except DataError as error:
             if section.root is None:
                 raise

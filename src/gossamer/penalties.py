@@ -48,8 +48,9 @@ class Penalty:
         return sums[0]
 
     def __call__(self, y: Tensor) -> Tensor:
-        """The penalty on a tensor."""
-        return self.value(*(TERMS[term][0](y, self.b).sum() for term in self.terms))
+        """The penalty on a tensor; half precision is summed in single."""
+        wide = y if y.dtype == torch.float64 else y.float()
+        return self.value(*(TERMS[term][0](wide, self.b).sum() for term in self.terms))
 
 
 @dataclass(frozen=True)

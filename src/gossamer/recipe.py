@@ -61,7 +61,7 @@ class DataRecipe(Section):
     `validation` is the number of training images held out, the same ones for every seed; `None` for the data set's
     default. Of the rest `train` are trained on; `None` for all. Of text, `batch_size` is the number of parallel
     streams, `length` that of characters of each in a batch, and `validation` counts characters too; see
-    `gossamer.data.StreamLoader`. `root`, `image_size` and `workers` are for a folder of images; see
+    `gossamer.data.StreamLoader`. `root`, `test`, `exclude`, `image_size` and `workers` are for a folder of images; see
     `gossamer.data.load_image_folder`.
     """
 
@@ -72,6 +72,8 @@ class DataRecipe(Section):
     length: _Count | None = None
     augment: AugmentRecipe | None = None
     root: str | None = None
+    test: _Count | None = None
+    exclude: list[str] | None = None
     image_size: _Count | None = None
     workers: _CountOrZero | None = None
 
@@ -83,7 +85,7 @@ class DataRecipe(Section):
 
     @model_validator(mode="after")
     def _fits_the_kind_of_data(self) -> DataRecipe:
-        for key in ("root", "image_size", "workers"):
+        for key in ("root", "test", "exclude", "image_size", "workers"):
             if self.name != IMAGE_FOLDER and getattr(self, key) is not None:
                 refuse(key, f"is for {IMAGE_FOLDER}, a folder of images, and not for {self.name!r}; leave it out")
         if self.name == IMAGE_FOLDER and self.train is not None:

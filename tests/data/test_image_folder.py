@@ -165,6 +165,64 @@ def test_validation_images_come_from_each_class_and_are_not_trained_on(root):
         load(root, validation=40)
 
 
+@pytest.fixture(scope="module")
+def categories(root, tmp_path_factory):
+    """Classes alone: ten pictures of each, and a folder that is none."""
+    place = shutil.copytree(root / "train", tmp_path_factory.mktemp("categories") / "classes")
+    shutil.copytree(place / "n01", place / "a background")
+    return place
+
+
+def test_a_folder_of_classes_alone_is_divided_into_parts_that_have_every_image_once(root, categories):
+    found = load(categories, test=8, validation=4, exclude=["a background"])
+    assert (found.classes, found.shape) == (4, (3, 16, 16))
+    parts = (found.train, found.validation, found.test)
+    assert [part.labels.bincount().tolist() for part in parts] == [[7] * 4, [1] * 4, [2] * 4]
+    named = {name.decode(): int(label) for part in parts for name, label in zip(part.files, part.labels, strict=True)}
+    pictures_of = load(root).train
+    expected = {name.decode(): int(y) for name, y in zip(pictures_of.files, pictures_of.labels, strict=True)}
+    assert named == expected
+    assert [part.augmented for part in parts] == [True, False, False]
+    assert [len(x) for x, _ in found.test.batches(5)] == [5, 3]
+
+
+def test_the_test_images_of_a_folder_are_the_same_in_every_run(categories):
+    first, second = (load(categories, test=12, validation=8, seed=seed) for seed in (1, 2))
+    assert first.test.files.tolist() == second.test.files.tolist()
+    assert first.validation.files.tolist() != second.validation.files.tolist()
+    assert first.classes == 5
+
+
+def test_classes_are_left_out_of_train_and_val_as_well(root):
+    found = load(root, exclude=["n02"])
+    assert found.classes == 3
+    for part, each in ((found.train, 10), (found.test, 4)):
+        assert part.labels.bincount().tolist() == [each] * 3
+        assert {name.decode().partition("/")[0] for name in part.files} == {"n01", "n03", "n04"}
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"test": 50}, ConfigurationError, "test=50 of imagenet; expected a number of images from 1 to 49"),
+        ({"test": 0}, ConfigurationError, "test=0 of imagenet"),
+        ({"test": 20, "validation": 30}, ConfigurationError, "validation=30 of imagenet; .* from 0 to 29"),
+        ({"test": 8, "exclude": ["n1"]}, ConfigurationError, "exclude: .* has no class 'n1'; did you mean 'n01'"),
+        ({}, DataError, r"classes/train: no such folder; .* or CLASS/\*.JPEG and how many images are for the test in "),
+    ],
+)
+def test_a_folder_of_classes_that_cannot_be_divided_so_is_refused(categories, options, error, said):
+    with pytest.raises(error, match=said):
+        load(categories, **options)
+
+
+def test_test_images_are_not_taken_from_a_folder_that_has_them(root):
+    with pytest.raises(
+        ConfigurationError, match=r"test=8: .* has train and val, and the images in val are for the test"
+    ):
+        load(root, test=8)
+
+
 def test_the_usual_folder_is_that_of_the_data_sets(root, tmp_path, monkeypatch):
     (tmp_path / "imagenet").symlink_to(root)
     monkeypatch.setenv("DATAPATH", str(tmp_path))

@@ -113,14 +113,7 @@ class LossyThreshold(Method):
         """See `Method.bind`."""
         self.placed = select_sites(model, self.sites, logits=self.logits)
         for site in self.placed:
-            if CHILD in site.module._modules:
-                raise OrderError(
-                    f"{site.name}: has a threshold already; call finalize() or detach() on the handle that put it there"
-                )
-            if isinstance(site.module, nn.Sequential):
-                raise ConfigurationError(
-                    f"{site.name}: a Sequential would call the threshold as one of its modules; name its last module"
-                )
+            check_free(site)
         self._channels = [_channels(site, self.position) if self.per_channel else (None, 1) for site in self.placed]
         self._strengths = [self._strength_of(site) for site in self.placed]
         self._told = self.sharpness
@@ -130,14 +123,8 @@ class LossyThreshold(Method):
         """See `Method.install`."""
         for site, (channels, dim) in zip(self.placed, self._channels, strict=True):
             sparsifier = PlacedSparsifier(self.eps, self.sharpness, channels=channels, dim=dim)
-            sparsifier.place(site.name, self._penalty, self.hard)
-            # Of the type of the weights beside it: FSDP2 shards parameters of one type together.
-            parameters = itertools.chain(site.module.parameters(), self._model.parameters())
-            reference = next((each for each in parameters if each.is_floating_point()), None)
-            if reference is not None:
-                sparsifier.to(reference.device)
-                sparsifier.eps.data = sparsifier.eps.to(reference.dtype)
-            self._place(site, sparsifier)
+            sparsifier.remember_for(self._penalty, self.hard)
+            sparsifier.join(site, self._model, self.position)
 
     def param_groups(self) -> list[dict[str, Any]]:
         """See `Method.param_groups`."""
@@ -198,7 +185,7 @@ class LossyThreshold(Method):
             if relu is not None:
                 replace_module(self._model, relu, sparsifier.relu())
             else:
-                self._place(site, sparsifier.hard())
+                put(sparsifier.hard(), site, self.position)
 
     # -- what it tells -----------------------------------------------------------------------------------------------
 
@@ -249,13 +236,6 @@ class LossyThreshold(Method):
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
-    def _place(self, site: Site, sparsifier: nn.Module) -> None:
-        site.module.add_module(CHILD, sparsifier)
-        if self.position == "after":
-            site.module.register_forward_hook(_after)
-        else:
-            site.module.register_forward_pre_hook(_before)
-
     def _sparsifiers(self) -> list[PlacedSparsifier]:
         found = [site.module._modules[CHILD] for site in self.placed]
         assert all(isinstance(each, PlacedSparsifier) for each in found)
@@ -281,12 +261,44 @@ class LossyThreshold(Method):
         return min(value, self.max_sharpness)
 
 
-class PlacedSparsifier(LossySparsifier):
+class SiteSparsifier(LossySparsifier):
+    """The threshold of a site, `site`, which errors name."""
+
+    site: str
+
+    def join(self, site: Site, model: nn.Module, position: str = "after") -> None:
+        """Become the child of a site's module, applied to its output or input, on its device."""
+        self.site = site.name
+        # Of the type of the weights beside it: FSDP2 shards parameters of one type together.
+        parameters = itertools.chain(site.module.parameters(), model.parameters())
+        reference = next((each for each in parameters if each.is_floating_point()), None)
+        if reference is not None:
+            self.to(reference.device)
+            self.eps.data = self.eps.to(reference.dtype)
+        put(self, site, position)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The threshold of a site's output, or input."""
+        return self.threshold(x)[0]
+
+    def threshold(self, x: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        """See `gossamer.nn.lossy_threshold`."""
+        if not isinstance(x, Tensor):
+            raise ConfigurationError(
+                f"{self.site}: gives a {type(x).__name__}, and a threshold takes one tensor; leave it out with "
+                f"sites=['!{self.site}']"
+            )
+        try:
+            return lossy_threshold(x, self.eps, self.a, self.dim, **options)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{self.site}: {error}; leave it out with sites=['!{self.site}']") from None
+
+
+class PlacedSparsifier(SiteSparsifier):
     """The threshold of a site: it remembers what a penalty needs of each forward pass."""
 
-    def place(self, site: str, penalty: Penalty, hard: bool) -> None:
-        """Say where it is and what it is for."""
-        self.site = site
+    def remember_for(self, penalty: Penalty, hard: bool) -> None:
+        """Say what it is for."""
         self.penalty = penalty
         self.is_hard = hard
         self.has_run = False
@@ -295,16 +307,9 @@ class PlacedSparsifier(LossySparsifier):
 
     def forward(self, x: Tensor) -> Tensor:
         """The threshold of a site's output, or input."""
-        if not isinstance(x, Tensor):
-            raise ConfigurationError(
-                f"{self.site}: gives a {type(x).__name__}, and a threshold takes one tensor; leave it out with "
-                f"sites=['!{self.site}']"
-            )
-        terms = self.penalty.terms if self.training else ()
-        try:
-            y, sums = lossy_threshold(x, self.eps, self.a, self.dim, hard=self.is_hard, terms=terms, b=self.penalty.b)
-        except ConfigurationError as error:
-            raise ConfigurationError(f"{self.site}: {error}; leave it out with sites=['!{self.site}']") from None
+        y, sums = self.threshold(
+            x, hard=self.is_hard, terms=self.penalty.terms if self.training else (), b=self.penalty.b
+        )
         if self.training:
             if not recomputing():
                 self._collected.append((sums, y.numel()))
@@ -326,6 +331,27 @@ class PlacedSparsifier(LossySparsifier):
             return None
         change, size = map(float, torch.stack(list(self._moved)).sum(0).tolist())
         return float((change / size) ** 0.5) if size else 0.0
+
+
+def check_free(site: Site) -> None:
+    """Raise unless a threshold can be put after or before a site."""
+    if CHILD in site.module._modules:
+        raise OrderError(
+            f"{site.name}: has a threshold already; call finalize() or detach() on the handle that put it there"
+        )
+    if isinstance(site.module, nn.Sequential):
+        raise ConfigurationError(
+            f"{site.name}: a Sequential would call the threshold as one of its modules; name its last module"
+        )
+
+
+def put(threshold: nn.Module, site: Site, position: str) -> None:
+    """Make a threshold the child of a site's module, applied to its output, or input."""
+    site.module.add_module(CHILD, threshold)
+    if position == "after":
+        site.module.register_forward_hook(_after)
+    else:
+        site.module.register_forward_pre_hook(_before)
 
 
 def _after(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:

@@ -161,7 +161,7 @@ def load(
         rest, test = set_apart(rest, DIGITS_TEST, DIGITS_TEST_SEED)
     else:
         test = split(raw.test_images, raw.test_labels)
-    check_validation(count, name, len(rest))
+    check_held_out("validation", count, name, len(rest))
     held = None
     if count:
         rest, held = set_apart(rest, count, seed)
@@ -174,15 +174,15 @@ def load(
     return Dataset(name, entry.classes, entry.shape, entry.mean, entry.std, rest, held, test)
 
 
-def check_validation(count: object, name: str, size: int) -> None:
-    """Refuse a number of images to hold out of `size` training images, unless one is left.
+def check_held_out(key: str, count: object, name: str, size: int, at_least: int = 0) -> None:
+    """Refuse a number of images, called `key`, to hold out of `size` training images, unless one is left.
 
     Raises:
-        ConfigurationError: Not an integer from 0 to `size` - 1.
+        ConfigurationError: Not an integer from `at_least` to `size` - 1.
     """
-    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < size:
+    if isinstance(count, bool) or not isinstance(count, int) or not at_least <= count < size:
         raise ConfigurationError(
-            f"data: validation={count!r} of {name}; expected a number of images from 0 to {size - 1}"
+            f"data: {key}={count!r} of {name}; expected a number of images from {at_least} to {size - 1}"
         )
 
 

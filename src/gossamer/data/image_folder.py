@@ -8,7 +8,7 @@ import importlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from gossamer.checks import MAX_SEED, check_integer
+from gossamer.checks import MAX_SEED, check_integer, closest
 from gossamer.data.augment import Augment
 from gossamer.data.catalogue import IMAGE_FOLDER
-from gossamer.data.dataset import check_validation, choose
+from gossamer.data.dataset import check_held_out, choose
 from gossamer.data.loader import BatchLoader
 from gossamer.data.store import folder
 from gossamer.errors import ConfigurationError, DataError, reason
@@ -44,7 +44,10 @@ _MARGIN = 256 / 224
 
 _MOST_WORKERS = 8
 
-_LAYOUT = "expected train/CLASS/*.JPEG and val/CLASS/*.JPEG"
+TEST_SEED = 0
+"""Seed of the generator that chooses the test images of a folder without `val`; the same ones for every run."""
+
+_LAYOUT = "expected train/CLASS/*.JPEG and val/CLASS/*.JPEG, or CLASS/*.JPEG and how many images are for the test"
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,11 +123,16 @@ def load_image_folder(
     root: str | os.PathLike[str] | None = None,
     *,
     validation: int | None = None,
+    test: int | None = None,
+    exclude: Sequence[str] = (),
     image_size: int = IMAGE_SIZE,
     workers: int | None = None,
     seed: int = 0,
 ) -> FolderDataset:
     """Find the images of ImageNet, or of a folder laid out like it: `train/CLASS/*.JPEG`, `val/CLASS/*.JPEG`.
+
+    A folder may also hold the classes alone, `CLASS/*.JPEG`, as Caltech-101 does: `test` is then the number of images
+    set apart for the test.
 
     Nothing is decoded yet. Training images are cropped at random (8 to 100 % of the area, sides from 3:4 to 4:3),
     scaled to `image_size` and flipped with probability 1/2 (Szegedy et al., 2015); others are scaled until the shorter
@@ -132,18 +140,22 @@ def load_image_folder(
     the epoch and its place in it, whichever process decodes it.
 
     The labels of ImageNet's own test images are not public, so papers report accuracy on `val/`: it is the `test` split
-    here. Validation images are held out of `train/`.
+    here. Validation images are held out of the training images.
 
     Args:
-        root: The folder with `train` and `val` in it; `None` for `imagenet` in the folder of the data sets.
+        root: The folder with `train` and `val`, or with the classes, in it; `None` for `imagenet` in the folder of the
+            data sets.
         validation: Training images set apart for validation, each class in its proportion; `None` or 0 to train on all.
+        test: Images of a folder that holds the classes alone that are set apart for the test, likewise; the same ones
+            whatever `seed` is. `None` for those in `val`.
+        exclude: Names of classes that are left out, such as Caltech-101's `BACKGROUND_Google`, which is no category.
         image_size: Height and width of the images given, in pixels.
         workers: Processes that decode; 0 to decode in this one, `None` for one for each CPU of this process, at
             most eight.
         seed: Seed of the `torch.Generator` that chooses the validation images.
 
     Raises:
-        ConfigurationError: An argument out of range, or torchvision is not installed.
+        ConfigurationError: An argument out of range, no class of a name to exclude, or torchvision is not installed.
         DataError: No such folder, no class in it, a class without an image, or other classes in `val` than in `train`.
     """
     check_integer("image_size", image_size, at_least=1)
@@ -151,16 +163,26 @@ def load_image_folder(
         check_integer("workers", workers, at_least=0)
     place = folder() / IMAGE_FOLDER if root is None else Path(os.path.expanduser(root)).absolute()
     _torchvision("datasets")
-    names, train = _scan(place / "train", image_size, workers)
-    test_names, test = _scan(place / "val", image_size, workers)
-    if odd := sorted(set(names) ^ set(test_names)):
-        here, there = ("train", "val") if odd[0] in names else ("val", "train")
-        raise DataError(
-            f"{place}: class {odd[0]!r} is in {here} and not in {there} ({len(odd)} such in all); train and val must "
-            "have the same classes, a folder each: add or remove it"
-        )
+    if test is None:
+        names, train = _scan(place / "train", place, exclude, image_size, workers)
+        test_names, tested = _scan(place / "val", place, exclude, image_size, workers)
+        if odd := sorted(set(names) ^ set(test_names)):
+            here, there = ("train", "val") if odd[0] in names else ("val", "train")
+            raise DataError(
+                f"{place}: class {odd[0]!r} is in {here} and not in {there} ({len(odd)} such in all); train and val "
+                "must have the same classes, a folder each: add or remove it"
+            )
+    else:
+        names, train = _scan(place, place, exclude, image_size, workers)
+        if {"train", "val"} <= set(names):
+            raise ConfigurationError(
+                f"data: test={test!r}: {place} has train and val, and the images in val are for the test; leave it out"
+            )
+        check_held_out("test", test, IMAGE_FOLDER, len(train), at_least=1)
+        chosen = choose(train.labels, test, TEST_SEED)
+        train, tested = train.part(~chosen, augmented=True), train.part(chosen, augmented=False)
     count = validation or 0
-    check_validation(count, IMAGE_FOLDER, len(train))
+    check_held_out("validation", count, IMAGE_FOLDER, len(train))
     chosen = choose(train.labels, count, seed) if count else torch.zeros(len(train), dtype=torch.bool)
     return FolderDataset(
         name=IMAGE_FOLDER,
@@ -168,15 +190,17 @@ def load_image_folder(
         shape=(3, image_size, image_size),
         train=train.part(~chosen, augmented=True),
         validation=train.part(chosen, augmented=False) if count else None,
-        test=test,
+        test=tested,
     )
 
 
-def _scan(place: Path, image_size: int, workers: int | None) -> tuple[list[str], FolderSplit]:
-    """The names of the classes in a folder, and its images."""
+def _scan(
+    place: Path, root: Path, exclude: Sequence[str], image_size: int, workers: int | None
+) -> tuple[list[str], FolderSplit]:
+    """The names of the classes in a folder, which is `root` or in it, and its images."""
     if not place.is_dir():
         raise DataError(
-            f"{place}: no such folder; {_LAYOUT} in {place.parent}: give another as root (in a recipe, or in the "
+            f"{place}: no such folder; {_LAYOUT} in {root}: give another as root (in a recipe, or in the "
             "recipe.yaml of a run that goes on, as data.root), or set DATAPATH to the folder that holds "
             f"{IMAGE_FOLDER}/"
         )
@@ -184,9 +208,17 @@ def _scan(place: Path, image_size: int, workers: int | None) -> tuple[list[str],
         found = _torchvision("datasets").ImageFolder(place)
     except OSError as error:
         raise DataError(f"{place}: {reason(error).rstrip('.')}; {_LAYOUT}: every class needs an image") from None
+    if unknown := [name for name in exclude if name not in found.classes]:
+        raise ConfigurationError(
+            f"data: exclude: {place} has no class {unknown[0]!r}{closest(unknown[0], found.classes)}; leave it out"
+        )
     start = len(str(place)) + 1
     files = np.array([os.fsencode(path[start:]) for path, _ in found.samples])
-    return found.classes, FolderSplit(place, files, torch.tensor(found.targets), image_size, workers=workers)
+    kept = torch.tensor([name not in exclude for name in found.classes])
+    labels = torch.tensor(found.targets)
+    split = FolderSplit(place, files, (kept.cumsum(0) - 1)[labels], image_size, workers=workers)
+    names = [name for name in found.classes if name not in exclude]
+    return names, split.part(kept[labels], augmented=False)
 
 
 class FilePixels:

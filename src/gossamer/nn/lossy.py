@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import repeat
 from math import prod
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -230,14 +230,11 @@ class _Work:
         return torch.stack(sums).sum(0).reshape(-1)
 
 
-_Hard = TypeVar("_Hard", "LossyHardSparsifier", "FATReLU")
-
-
 class LossySparsifier(nn.Module):
     """A learned, smoothed hard threshold on activations: `x·(σ(a(x − |eps|)) + σ(−a(x + |eps|)))`.
 
     Args:
-        eps: The first threshold.
+        eps: The first threshold: a number, a tensor `()`, `(1,)` or `(channels,)` that is copied, or `None` for 0.1.
         a: Sharpness, above 0; the larger, the closer to a hard threshold.
         channels: Number of channels, each of which then has a threshold of its own; `None` for one in all.
         dim: The dimension that runs over channels.
@@ -252,13 +249,12 @@ class LossySparsifier(nn.Module):
 
     a: Tensor
 
-    def __init__(self, eps: float = 0.1, a: float = 1.0, *, channels: int | None = None, dim: int = 1) -> None:
+    def __init__(
+        self, eps: float | Tensor | None = None, a: float = 1.0, *, channels: int | None = None, dim: int = 1
+    ) -> None:
         super().__init__()
-        check_number("eps", eps, float("-inf"), float("inf"))
         _check_sharpness(a)
-        if channels is not None:
-            check_integer("channels", channels, at_least=1)
-        self.eps = nn.Parameter(torch.full((channels or 1,), float(eps)))
+        self.eps = nn.Parameter(_first(eps, channels))
         self.dim = dim
         self.register_buffer("a", torch.tensor(float(a)))
 
@@ -268,21 +264,14 @@ class LossySparsifier(nn.Module):
 
     def hard(self) -> LossyHardSparsifier:
         """The hard threshold that this one approaches, with a copy of its values."""
-        return self._give(LossyHardSparsifier(channels=self._channels(), dim=self.dim))
+        return LossyHardSparsifier(whole(self.eps), dim=self.dim).train(self.training)
 
     def relu(self) -> FATReLU:
         """The hard threshold with a ReLU after it, as one."""
-        return self._give(FATReLU(channels=self._channels(), dim=self.dim))
-
-    def _give(self, made: _Hard) -> _Hard:
-        made.eps = whole(self.eps).clone()
-        return made.train(self.training)
-
-    def _channels(self) -> int | None:
-        return None if len(self.eps) == 1 else len(self.eps)
+        return FATReLU(whole(self.eps), dim=self.dim).train(self.training)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        _read_scalar(state_dict, f"{prefix}eps")
+        _read_scalar(state_dict, prefix, self.a)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -300,7 +289,7 @@ class LossyHardSparsifier(nn.Module):
     """A hard threshold on activations: `x` where `|x| > |eps|`, else 0; its input is not changed.
 
     Args:
-        eps: The first threshold.
+        eps: As of `LossySparsifier`.
         a: Sharpness of the smoothed threshold whose gradients stand in for those of the hard one, which has none, so
             that it can be trained from the start (a straight-through estimator); `None` for a threshold that stays.
         channels: Number of channels, each of which then has a threshold of its own; `None` for one in all.
@@ -316,14 +305,13 @@ class LossyHardSparsifier(nn.Module):
     a: Tensor | None
     eps: Tensor
 
-    def __init__(self, eps: float = 0.1, a: float | None = None, *, channels: int | None = None, dim: int = 1) -> None:
+    def __init__(
+        self, eps: float | Tensor | None = None, a: float | None = None, *, channels: int | None = None, dim: int = 1
+    ) -> None:
         super().__init__()
-        check_number("eps", eps, float("-inf"), float("inf"))
         if a is not None:
             _check_sharpness(a)
-        if channels is not None:
-            check_integer("channels", channels, at_least=1)
-        first = torch.full((channels or 1,), float(eps))
+        first = _first(eps, channels)
         if a is None:
             self.register_buffer("eps", first)
         else:
@@ -338,7 +326,7 @@ class LossyHardSparsifier(nn.Module):
         return hard_threshold(x, self.eps, self.dim)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        _read_scalar(state_dict, f"{prefix}eps")
+        _read_scalar(state_dict, prefix, self.a)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
@@ -352,7 +340,7 @@ class FATReLU(nn.Module):
     It is what `LossyHardSparsifier` and a ReLU after it compute together.
 
     Args:
-        eps: The threshold.
+        eps: The threshold; else as of `LossySparsifier`.
         channels: Number of channels, each of which then has a threshold of its own; `None` for one in all.
         dim: The dimension that runs over channels.
 
@@ -365,12 +353,9 @@ class FATReLU(nn.Module):
 
     eps: Tensor
 
-    def __init__(self, eps: float = 0.0, *, channels: int | None = None, dim: int = 1) -> None:
+    def __init__(self, eps: float | Tensor = 0.0, *, channels: int | None = None, dim: int = 1) -> None:
         super().__init__()
-        check_number("eps", eps, float("-inf"), float("inf"))
-        if channels is not None:
-            check_integer("channels", channels, at_least=1)
-        self.register_buffer("eps", torch.full((channels or 1,), float(eps)))
+        self.register_buffer("eps", _first(eps, channels))
         self.dim = dim
 
     def forward(self, x: Tensor) -> Tensor:
@@ -383,8 +368,27 @@ class FATReLU(nn.Module):
         return f"thresholds={len(self.eps)}"
 
 
-def _read_scalar(state_dict: dict[str, Any], key: str) -> None:
-    """A threshold that was saved as a scalar becomes one of one channel."""
-    saved = state_dict.get(key)
+def _first(eps: float | Tensor | None, channels: int | None) -> Tensor:
+    """The first threshold, or thresholds, as a new tensor of one dimension."""
+    if channels is not None:
+        check_integer("channels", channels, at_least=1)
+    if isinstance(eps, Tensor):
+        if not eps.is_floating_point() or eps.dim() > 1 or eps.numel() not in (1, channels or max(1, eps.numel())):
+            wanted = "(), (1,) or " + ("(channels,)" if channels is None else f"({channels},)")
+            raise ConfigurationError(
+                f"eps: expected a number, or floating-point numbers of shape {wanted}, got {tuple(eps.shape)}, "
+                f"{eps.dtype}"
+            )
+        return eps.detach().reshape(-1).expand(channels or eps.numel()).clone()
+    value = 0.1 if eps is None else eps
+    check_number("eps", value, float("-inf"), float("inf"))
+    return torch.full((channels or 1,), float(value))
+
+
+def _read_scalar(state_dict: dict[str, Any], prefix: str, a: Tensor | None) -> None:
+    """A threshold that was saved as a scalar becomes one of one channel; such files had no sharpness, which stays."""
+    saved = state_dict.get(f"{prefix}eps")
     if isinstance(saved, Tensor) and saved.dim() == 0:
-        state_dict[key] = saved.reshape(1)
+        state_dict[f"{prefix}eps"] = saved.reshape(1)
+        if a is not None:
+            state_dict.setdefault(f"{prefix}a", a)
