@@ -105,7 +105,7 @@ class Sparsity:
     def __init__(self, model: nn.Module, methods: Sequence[Method], second_moment: str = "zero") -> None:
         self.methods = tuple(methods)
         self._model = model
-        self._hooks = StepHooks(self.methods, second_moment)
+        self._hooks = StepHooks(model, self.methods, second_moment)
 
     # -- optimizer ---------------------------------------------------------------------------------------------------
 

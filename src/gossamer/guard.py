@@ -1,4 +1,4 @@
-"""Notices optimizers that would train masked weights without their masks."""
+"""Notices optimizers that would train masked weights without their masks, or a model without what it learns beside."""
 
 from __future__ import annotations
 
@@ -40,6 +40,10 @@ class Keeper(Protocol):
 
     def claims(self) -> Sequence[Target | MaskedTensor]:
         """The weights claimed, whether their masks are hard already or not."""
+        ...
+
+    def trained_with(self) -> dict[int, str]:
+        """Where parameters were added to the model: the names of all of its parameters, by id; else nothing."""
         ...
 
 
@@ -179,6 +183,16 @@ def _refuse_unfollowed(optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs
                     "another cannot be followed)"
                 )
             raise OrderError(f"{name}: has a mask, but no sparsity.follow(optimizer) was called; {ORDER}")
+    for keeper in [] if following else _live:
+        trained_with = {} if keeper.optimizers else keeper.trained_with()
+        if (name := next((trained_with[id(each)] for each in held if id(each) in trained_with), None)) is not None:
+            if keeper.adopt is not None:
+                keeper.adopt(optimizer)
+                return
+            raise OrderError(
+                f"{name}: is of a model that learns parameters of its own beside it, but no sparsity.follow(optimizer) "
+                f"was called; {ORDER}"
+            )
     if isinstance(optimizer.defaults, FollowedDefaults) and not following:
         raise OrderError(
             "this optimizer is a copy of one that kept masks in force, made without the Sparsity handle, and would "

@@ -18,14 +18,14 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, optim
+from torch import Tensor, nn, optim
 from torch.utils.hooks import RemovableHandle
 
 from gossamer import guard, optimizers
 from gossamer.errors import OrderError
 from gossamer.masks import MaskedTensor, enforce, sum_over_shards
 from gossamer.method import MaskUpdate, Method, Proposal
-from gossamer.targets import Target, local
+from gossamer.targets import Target, local, plain_name
 
 
 class StepHooks:
@@ -40,12 +40,13 @@ class StepHooks:
         adopt: Follows an optimizer that steps unfollowed with claimed weights, where that was asked for.
     """
 
-    def __init__(self, methods: Sequence[Method], second_moment: str) -> None:
+    def __init__(self, model: nn.Module, methods: Sequence[Method], second_moment: str) -> None:
         self.optimizers: list[optim.Optimizer] = []
         self.attached = True
         self.frozen = False
         self.callbacks: list[Callable[[MaskUpdate], object]] = []
         self.adopt: Callable[[optim.Optimizer], None] | None = None
+        self._model = model
         self._methods = methods
         self.second_moment = second_moment
         self._handles: list[RemovableHandle] = []
@@ -64,6 +65,12 @@ class StepHooks:
     def claims(self) -> list[Target | MaskedTensor]:
         """What belongs to the methods, by name and parameter, whether its masks are hard already or not."""
         return [each for method in self._methods for each in method.holdings()]
+
+    def trained_with(self) -> dict[int, str]:
+        """Where methods added parameters to the model: the names of all of its parameters, by id; else nothing."""
+        if not any(method.param_groups() for method in self._methods):
+            return {}
+        return {id(parameter): plain_name(name) for name, parameter in self._model.named_parameters()}
 
     def follow(self, found: list[optim.Optimizer]) -> None:
         """Hook into these optimizers instead of those followed before."""

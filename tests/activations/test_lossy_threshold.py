@@ -213,6 +213,54 @@ def test_finalized_sites_are_hard_and_plain(per_channel: bool) -> None:
     assert other.eval()(x).equal(run.net(x))
 
 
+def test_movement_is_that_over_all_evaluation_passes_since_training_and_takes_one_number() -> None:
+    net = Net()
+    sparsity = gs.attach(net, gs.LossyThreshold(eps=0.3, sharpness=2.0, sites="conv"))
+    net.eval()
+    net(batch(7))
+    net.train()
+    net(batch(8))
+    net.eval()
+    for step in range(5):
+        net(batch(step))
+    assert len(net.conv.sparsifier._moved) == 1
+    y = nn.functional.conv2d(torch.cat([batch(step) for step in range(5)]), net.conv.weight, net.conv.bias)
+    y = y.detach()
+    smooth = soft(y, torch.tensor(0.3), 2.0)
+    expected = (torch.where(y.abs() > 0.3, y, 0) - smooth).norm() / smooth.norm()
+    assert sparsity.summary().learned[0]["moved"] == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("made", ["before", "after"])
+def test_an_optimizer_that_nobody_follows_is_refused(made: str) -> None:
+    net = Net()
+    early = torch.optim.SGD(net.parameters(), lr=0.1)
+    handle = gs.attach(net, gs.LossyThreshold())
+    optimizer = early if made == "before" else torch.optim.SGD(net.parameters(), lr=0.1)
+    other = torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+    other.step()  # of another model
+    (net(batch(0)).square().mean() + handle.penalty()).backward()
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(gs.OrderError, match=r"conv.weight: is of a model that learns parameters .* sparsity\.follow"):
+        optimizer.step()
+    assert all(net.state_dict()[key].equal(value) for key, value in before.items())
+    handle.follow(optimizer)
+    optimizer.step()
+    handle.finalize()
+    torch.optim.SGD(net.parameters(), lr=0.1).step()
+
+
+def test_an_optimizer_is_followed_of_itself_where_that_was_asked_for() -> None:
+    net = Net()
+    handle = gs.attach(net, gs.LossyThreshold(eps=0.1, double_at=[1]), "auto")
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, weight_decay=0.5)
+    for step in range(2):
+        (net(batch(step)).square().mean() + handle.penalty()).backward()
+        optimizer.step()
+    assert float(net.conv.sparsifier.a) == 2
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
+
+
 def test_channels_of_norms_have_thresholds_of_their_own() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.GroupNorm(2, 4), nn.ReLU())
     sparsity = gs.attach(net, gs.LossyThreshold(sites=[nn.BatchNorm2d, nn.GroupNorm], per_channel=True))

@@ -318,7 +318,8 @@ class PlacedSparsifier(SiteSparsifier):
         elif not torch.compiler.is_compiling():
             with torch.no_grad():
                 change = hard_threshold(x, self.eps, self.dim) - y
-                self._moved.append(torch.stack([change.float().square().sum(), y.detach().float().square().sum()]))
+                squares = torch.stack([change.float().square().sum(), y.detach().float().square().sum()])
+                self._moved[:] = [squares + self._moved[0] if self._moved else squares]
         return y
 
     def take(self) -> list[tuple[Tensor, int]]:
@@ -329,7 +330,7 @@ class PlacedSparsifier(SiteSparsifier):
         """See `LossyThreshold.learned`."""
         if not self._moved:
             return None
-        change, size = map(float, torch.stack(list(self._moved)).sum(0).tolist())
+        change, size = map(float, self._moved[0].tolist())
         return float((change / size) ** 0.5) if size else 0.0
 
 
