@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import repeat
-from math import prod
+from math import log, prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -35,7 +36,9 @@ def lossy_threshold(
 ) -> tuple[Tensor, Tensor]:
     """`y = x·(σ(a(x − e)) + σ(−a(x + e)))` with `e = |eps|`: close to 0 below the threshold, to `x` above it.
 
-    Only `x` is saved for the backward pass. Half precision is computed in single.
+    Only `x` is saved for the backward pass. Half precision is computed in single. Far below a threshold, where
+    `a(e − |x|)` is above 43 (353 in double precision), `y` may be 0: what the formula gives there is so small that its
+    products with weights and gradients leave the range of normal numbers, and CPUs are slow beyond it.
 
     Args:
         x: Activations, of any shape.
@@ -95,10 +98,16 @@ def _expression(x: Tensor, eps: Tensor, a: Tensor, dim: int, hard: bool) -> Tens
     """The formula in plain operations, which a compiler fuses."""
     wide = x if x.dtype == torch.float64 else x.float()
     e = _along(eps.abs().to(wide.dtype), x.dim(), dim)
-    soft = wide * (torch.sigmoid(a * (wide - e)) + torch.sigmoid(-a * (wide + e)))
+    gate = torch.sigmoid(a * (wide - e)) + torch.sigmoid(-a * (wide + e))
+    soft = wide * F.threshold(gate, _least_gate(wide.dtype), 0.0)
     if hard:
         soft = soft + (torch.where(wide.abs() <= e, torch.zeros_like(wide), wide) - soft).detach()
     return soft.to(x.dtype)
+
+
+def _least_gate(dtype: torch.dtype) -> float:
+    """What is smaller than this is 0, see `lossy_threshold`: the square root of the smallest normal number."""
+    return float(torch.finfo(dtype).tiny ** 0.5)
 
 
 def _along(values: Tensor, dims: int, dim: int) -> Tensor:
@@ -185,7 +194,12 @@ class _Work:
             self.shape = [before * self.channels, after] if self.by_row else [before, self.channels]
             e = e.repeat(before).unsqueeze(1) if self.by_row else e
         exponents = self.a * e
-        self._odds = exponents, torch.exp(-2 * exponents), e
+        self._least = _least_gate(wide)
+        self._most = log(4 / self._least)  # beyond it the gates are 0 or 1, and exponentials are slow to compute
+        squares = F.threshold(torch.exp(-2 * exponents), torch.finfo(wide).tiny, 0.0)
+        self._odds = exponents, squares, e
+        # Asked on the CPU only: others would have to be waited for, and are not slow beyond the normal numbers.
+        self._cuts = x.device.type == "cpu" and bool((exponents > -log(self._least)).any())
         length = prod(self.shape[1:])
         self._rows = max(1, _CHUNK // max(1, length)) if x.device.type == "cpu" else max(1, self.shape[0])
 
@@ -203,9 +217,13 @@ class _Work:
     def gates(self, part: Tensor, odds: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """`σ(a(|x| − e))` and `σ(−a(|x| + e))`, new tensors."""
         exponents, squares, _ = odds
-        q = part.to(self.a.dtype).abs().mul_(-self.a).add_(exponents).exp_().clamp_(max=_LARGEST)
+        q = part.to(self.a.dtype).abs().mul_(-self.a).add_(exponents).clamp_(-self._most, self._most).exp_()
+        torch.threshold_(q, self._least / 2, 0.0)
         w = q * squares
-        return q.add_(1).reciprocal_(), w.div_(w + 1)
+        gates = q.add_(1).reciprocal_(), w.div_(w + 1)
+        for gate in gates if self._cuts else ():
+            torch.threshold_(gate, self._least, 0.0)
+        return gates
 
     def soft(self, part: Tensor, odds: tuple[Tensor, ...]) -> Tensor:
         """The smoothed threshold, a new tensor."""
