@@ -32,6 +32,8 @@ def complete(
     with ProcessPoolExecutor(workers) as pool, log.open("a") as file:
         futures = [pool.submit(run, job) for job in missing]
         for count, future in enumerate(as_completed(futures), 1):
+            if future.exception() is not None:  # told at the end, so that what others come to is not lost
+                continue
             result = future.result()
             done[key(result)] = result
             file.write(json.dumps(result) + "\n")
@@ -40,6 +42,9 @@ def complete(
                 f"{count}/{len(missing)} {key(result)} validation {result['validation']:.4f} {result['seconds']} s",
                 flush=True,
             )
+        for job, future in zip(missing, futures, strict=True):
+            if (error := future.exception()) is not None:
+                raise RuntimeError(f"{key(job)} failed; the others are written") from error
     return [done[key(job)] for job in jobs]
 
 
