@@ -317,3 +317,19 @@ def test_hard_thresholds_agree_in_half_precision_whichever_way_they_are_computed
     assert lossy_threshold(x, eps, 4.0, hard=True)[0].equal(expected)
     assert gs.nn.LossyHardSparsifier(eps)(x).equal(expected)
     assert gs.nn.FATReLU(eps)(x).equal(expected)
+
+
+def test_sharpness_stays_in_single_precision_in_a_half_model():
+    for make in (lambda: gs.nn.LossySparsifier(0.5, 7e4), lambda: gs.nn.LossyHardSparsifier(0.5, 7e4)):
+        for change in (torch.nn.Module.half, torch.nn.Module.bfloat16, lambda module: module.to(torch.float16)):
+            layer = change(make())
+            assert layer.a.dtype == torch.float32
+            assert float(layer.a) == 7e4
+            assert layer.eps.dtype in (torch.float16, torch.bfloat16)
+            y = layer(torch.tensor([0.25, 0.75], dtype=layer.eps.dtype))
+            assert y.tolist() == [0, 0.75]
+    layer = gs.nn.LossySparsifier(0.5, 2.0)
+    for wrong in (-1.0, 0, float("nan"), 1e31):
+        with pytest.raises(gs.ConfigurationError, match=r"^a: "):
+            layer.a = wrong
+    assert float(layer.a) == 2

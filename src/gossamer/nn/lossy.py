@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import repeat
 from math import log, prod
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -99,7 +99,7 @@ def _check(x: Tensor, eps: Tensor, dim: int) -> None:
 
 
 def _check_sharpness(a: float) -> None:
-    check_number("a", a, 0, float("inf"), open_high=True)
+    check_number("a", a, 0, 1e30)
     if a == 0:
         raise ConfigurationError("a: the sharpness must be above 0, got 0")
 
@@ -298,12 +298,19 @@ class LossySparsifier(nn.Module):
         """The hard threshold with a ReLU after it, as one."""
         return FATReLU(whole(self.eps), dim=self.dim).train(self.training)
 
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
+        before = self.a
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        _keep_sharpness(self, before)
+        return self
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         _read_scalar(state_dict, prefix, self.a)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "a" and isinstance(value, float | int) and "a" in self._buffers:
+            _check_sharpness(value)
             self.a.fill_(value)  # in place, so that a compiled forward need not be compiled again
         else:
             super().__setattr__(name, value)
@@ -353,6 +360,12 @@ class LossyHardSparsifier(nn.Module):
             return lossy_threshold(x, self.eps, self.a, self.dim, hard=True)[0]
         return hard_threshold(x, self.eps, self.dim)
 
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
+        before = self.a
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        _keep_sharpness(self, before)
+        return self
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         _read_scalar(state_dict, prefix, self.a)
         super()._load_from_state_dict(state_dict, prefix, *rest)
@@ -393,6 +406,13 @@ class FATReLU(nn.Module):
     def extra_repr(self) -> str:
         """What `print` shows."""
         return f"thresholds={len(self.eps)}"
+
+
+def _keep_sharpness(module: nn.Module, before: Tensor | None) -> None:
+    """A sharpness stays in single precision, whatever the module becomes: half has no numbers as large."""
+    after = module._buffers["a"]
+    if before is not None and after is not None and not (before.is_meta or after.is_meta):
+        module._buffers["a"] = before.to(after.device)
 
 
 def _first(eps: float | Tensor | None, channels: int | None) -> Tensor:
