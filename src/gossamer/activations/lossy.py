@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gossamer.checks import check_boolean, check_integer, check_number
 from gossamer.collect import Collected, warn_missed
 from gossamer.errors import ConfigurationError, OrderError
-from gossamer.fold import following_relus, is_plain_relu, replace_module
+from gossamer.fold import foldable_relus, turn_into
 from gossamer.method import Masks, Method, Proposal
 from gossamer.nn.lossy import LossySparsifier, hard_threshold, lossy_threshold
 from gossamer.penalties import Penalty, as_penalty
@@ -54,6 +54,9 @@ class LossyThreshold(Method):
         hard: Whether values are those of the hard threshold from the start, with the gradients of the smoothed one (a
             straight-through estimator).
         lr: Learning rate of the thresholds; `None` for the optimizer's.
+        fold: Whether `finalize` makes one operation of a threshold and the ReLU after it, where no forward pass of the
+            model shows that anything else sees what lies between them. What does not go through the model's `forward`,
+            such as a call of its parts from outside, is not seen.
 
     Raises:
         ConfigurationError: A value out of range, when the method is made.
@@ -75,6 +78,7 @@ class LossyThreshold(Method):
     max_sharpness: float = float("inf")
     hard: bool = False
     lr: float | None = None
+    fold: bool = True
     placed: list[Site] = field(default_factory=list, init=False, repr=False)
 
     name = "lossy_threshold"
@@ -87,7 +91,7 @@ class LossyThreshold(Method):
             check_number(f"strength[{glob!r}]" if glob else "strength", value, 0, float("inf"), open_high=True)
         if self.position not in ("after", "before"):
             raise ConfigurationError(f"position: got {self.position!r}; allowed are 'after' and 'before'")
-        for name in ("logits", "per_channel", "normalized", "hard"):
+        for name in ("logits", "per_channel", "normalized", "hard", "fold"):
             check_boolean(name, getattr(self, name))
         check_number("eps", self.eps, float("-inf"), float("inf"))
         for name in ("sharpness", "final_sharpness", "max_sharpness", "lr"):
@@ -179,22 +183,23 @@ class LossyThreshold(Method):
     def finalize(self) -> None:
         """See `Method.finalize`: hard thresholds stay, as the children `sparsifier`, each a `LossyHardSparsifier`.
 
-        Where a `torch.nn.ReLU` takes a site's output and nothing else does, or where the site is one, the two become a
-        `gossamer.nn.FATReLU` in the place of the ReLU, with the same outputs, and the site is left as it was before.
+        With `fold`, where a `torch.nn.ReLU` takes a site's output and nothing else does, or where the site is one, the
+        ReLU becomes a `gossamer.nn.FATReLU` with the same outputs, and the site is left as it was before.
         """
         self._last = self.learned()
-        sparsifiers = self._sparsifiers()
-        after = self.position == "after"
-        relus = following_relus(self._model, [site.module for site in self.placed]) if after else {}
+        relus = {}
+        if self.fold and self.position == "after":
+            modules = [site.module for site in self.placed]
+            relus = foldable_relus(self._model, modules, lambda hook: hook is _after)
         names = {module: plain_name(name) for name, module in self._model.named_modules()}
-        for site, sparsifier, row in zip(self.placed, sparsifiers, self._last, strict=True):
-            _take_off(site.module)
-            relu = site.module if after and is_plain_relu(site.module) else relus.get(site.module)
+        for site, sparsifier, row in zip(self.placed, self._sparsifiers(), self._last, strict=True):
+            relu = relus.get(site.module)
             row["folded_into"] = None if relu is None else names[relu]
-            if relu is not None:
-                replace_module(self._model, relu, sparsifier.relu())
+            if relu is None:
+                site.module._modules[CHILD] = sparsifier.hard()
             else:
-                put(sparsifier.hard(), site, self.position)
+                _take_off(site.module)
+                turn_into(relu, sparsifier.relu())
 
     # -- what it tells -----------------------------------------------------------------------------------------------
 
