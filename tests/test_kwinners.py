@@ -128,6 +128,20 @@ def test_boosting_weakens_by_the_epoch() -> None:
     assert float(other.boost) == 0.5
 
 
+def test_the_largest_win_whatever_the_boost_where_duty_cycles_are_equal() -> None:
+    layer = KWinners(4, 0.5, boost=1e4)
+    layer.duty_cycle.fill_(0.5)
+    assert layer(torch.tensor([[1.0, 2.0, 3.0, 4.0]])).tolist() == [[0, 0, 3, 4]]
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_the_memory_format_stays(local: bool) -> None:
+    x = torch.randn(2, 4, 3, 3)
+    y = KWinners(4, 0.5, local=local)(x.to(memory_format=torch.channels_last))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert y.equal(KWinners(4, 0.5, local=local)(x))
+
+
 def test_zeros_do_not_win() -> None:
     layer = KWinners(4, 0.5)
     layer(torch.tensor([[0.0, 0.0, 0.0, 1.0]]))
@@ -148,6 +162,12 @@ def test_an_empty_batch_teaches_nothing() -> None:
 
 
 def test_half_precision_modules_keep_duty_cycles_in_single() -> None:
+    layer = KWinners(8, 0.25, boost=1 / 3)
+    layer(torch.randn(3, 8))
+    before = copy.deepcopy(layer)
+    for each in (layer.half(), layer.bfloat16(), layer.double()):
+        assert each.duty_cycle.equal(before.duty_cycle)
+        assert each.boost.equal(before.boost)
     layer = KWinners(8, 0.25).half()
     for _ in range(50):
         layer(torch.randn(100, 8).half())

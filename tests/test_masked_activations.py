@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from collections.abc import Callable
 from math import floor
 
 import pytest
@@ -15,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import gossamer as gs
-from gossamer.nn import SparseActivation, SparseBatchNorm, SparseSyncBatchNorm, checkerboard
+from gossamer.nn import KWinners, SparseActivation, SparseBatchNorm, SparseSyncBatchNorm, checkerboard
 from gossamer.penalties import L0, L2, Hoyer, Lp, Penalty
 
 
@@ -87,13 +88,42 @@ def test_draws_go_on_after_saving_and_copying_and_leave_the_global_generator_alo
     x = torch.ones(1, 1, 6, 6)
     for _ in range(3):
         layer(x)
-    other, third = SparseActivation((6, 6), density=0.4, dynamic=True, seed=5), copy.deepcopy(layer)
+    other, third = SparseActivation((6, 6), density=0.7, dynamic=True, seed=8), copy.deepcopy(layer)
     other.load_state_dict(layer.state_dict())
     for _ in range(3):
         y = layer(x)
         assert y.equal(other(x))
         assert y.equal(third(x))
     assert torch.get_rng_state().equal(state)
+
+
+def test_a_mask_that_is_loaded_may_keep_another_number_of_positions() -> None:
+    layers = [SparseBatchNorm(2, SparseActivation(4, quarters=quarters)) for quarters in (1, 3)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    x = torch.randn(3, 2, 4, 4)
+    assert layers[1](x).equal(layers[0](x))
+    assert layers[1].activation.density == 0.25
+    state = layers[0].state_dict() | {"activation.mask": torch.zeros(4, 4, dtype=torch.bool)}
+    with pytest.raises(RuntimeError, match=r"activation\.mask: keeps none of 16 positions"):
+        layers[1].load_state_dict(state)
+    assert layers[1](x).equal(layers[0](x))
+
+
+def test_dense_inference_sets_nothing_to_zero() -> None:
+    layer = SparseActivation(4, density=0.25, dynamic=True)
+    assert (layer.sparsity, layer.eval().sparsity, layer.density) == (0.75, 0.0, 0.25)
+    assert SparseActivation(4, density=0.25).eval().sparsity == 0.75
+
+
+@pytest.mark.parametrize("quarters", [2, None])
+def test_the_memory_format_stays(quarters: int | None) -> None:
+    mask = SparseActivation(4, quarters=quarters, density=None if quarters else 1.0)
+    for module in (mask, SparseBatchNorm(3, mask)):
+        x = torch.randn(2, 3, 4, 4)
+        y = module(x.to(memory_format=torch.channels_last))
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert module(x).is_contiguous()
+        torch.testing.assert_close(y, module(x))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -119,6 +149,55 @@ def test_a_pass_that_is_computed_again_has_the_same_positions() -> None:
     assert layer.draws == 3
 
 
+def dynamic(norm: bool) -> nn.Module:
+    layer = SparseActivation(4, density=0.5, dynamic=True)
+    return SparseBatchNorm(1, layer) if norm else layer
+
+
+@pytest.mark.parametrize("make", [lambda: dynamic(False), lambda: dynamic(True), lambda: KWinners(1, 0.5)])
+@pytest.mark.parametrize("kinds", [(False, False), (True, True), (True, None), (False, None), (False, True)])
+@pytest.mark.parametrize("last", [False, True])
+def test_a_pass_that_cannot_be_computed_again_as_it_was_is_refused(
+    make: Callable[[], nn.Module], kinds: tuple[bool | None, bool | None], last: bool
+) -> None:
+    layer, losses = make(), []
+    for reentrant in kinds:  # None for no checkpointing
+        x = torch.randn(2, 1, 4, 4, requires_grad=True)
+        # Where the layer is the last of a checkpoint, its own backward pass begins before it is computed again.
+        part = (lambda x: layer(x * 2)) if last else (lambda x: layer(x * 2).square())
+        y = part(x) if reentrant is None else checkpoint(part, x, use_reentrant=reentrant)
+        losses.append(y.square().sum())
+    with pytest.raises(gs.OrderError, match=r"called more than once in training since.*leave this layer out"):
+        sum(losses).backward()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_step_after_a_step_is_computed_again_although_losses_are_kept(reentrant: bool) -> None:
+    layer, total = dynamic(False), 0.0
+    layer(torch.ones(1, 1, 4, 4))  # no step, and no graph
+    layer = copy.deepcopy(layer)
+    for _ in range(4):
+        x = torch.ones(1, 1, 4, 4, requires_grad=True)
+        loss = checkpoint(lambda x: layer(x * 2).square(), x, use_reentrant=reentrant).sum()
+        loss.backward()
+        assert x.grad.equal(layer.mask.view_as(x) * 8.0)
+        total = total + loss
+
+
+def test_plain_passes_before_do_not_matter() -> None:
+    layer = dynamic(False)
+    for _ in range(3):
+        x = torch.ones(1, 1, 4, 4, requires_grad=True)
+        loss = layer(x).sum()
+        loss.backward()
+        with torch.no_grad():
+            layer(x)
+    x = torch.ones(1, 1, 4, 4, requires_grad=True)
+    loss = checkpoint(lambda x: layer(x * 2).square(), x, use_reentrant=False).sum()
+    loss.backward()
+    assert x.grad.equal(layer.mask.view_as(x) * 8.0)
+
+
 # -- norms as penalties ----------------------------------------------------------------------------------------------
 
 
@@ -142,11 +221,17 @@ def test_the_penalty_is_the_norm_of_every_output_with_its_gradient(norm: Penalty
 def test_the_penalty_is_of_this_step_and_of_training_only() -> None:
     layer = SparseActivation(4, quarters=2, norm="l1")
     x = torch.ones(1, 2, 4, 4)
-    layer(x)
-    assert layer.penalty() == 16
-    assert layer.penalty() == 0  # asked for already
-    layer.eval()(x)
     assert layer.penalty() == 0
+    layer(x)
+    assert layer.penalty() == layer.penalty() == 16  # asking changes nothing
+    layer.eval()(x)
+    assert layer.penalty() == 16
+    layer.train()
+    layer(2 * x)
+    with torch.no_grad():
+        layer(x)
+    layer(x)
+    assert layer.penalty() == 48  # a pass after it was asked for begins anew
     assert layer.sparsity == 0.5
     norm = SparseBatchNorm(2, SparseActivation(4, quarters=2, norm="l2"))
     y = norm(torch.randn(5, 2, 4, 4))
@@ -156,16 +241,22 @@ def test_the_penalty_is_of_this_step_and_of_training_only() -> None:
 def test_a_step_that_leaves_the_penalty_out_keeps_nothing() -> None:
     layer = SparseActivation(4, quarters=2, norm="l1")
     x = torch.ones(1, 1, 4, 4, requires_grad=True)
-    layer(x * 1).sum().backward()
-    assert not layer._collected
-    hidden = x * 1
-    reference = weakref.ref(hidden)
-    layer(hidden)  # no backward pass
-    layer.penalty()
-    del hidden
     gc.disable()
     try:
-        assert reference() is None
+        for asked in (False, True):  # without being asked for, its backward pass ends it
+            hidden = x * 1
+            reference = weakref.ref(hidden)
+            y = layer(hidden)
+            if asked:
+                layer.penalty()
+            else:
+                y.sum().backward()
+            del hidden, y
+            layer(x)
+            assert layer.penalty() == 8
+            layer(x)
+            assert reference() is None
+            layer.penalty()
     finally:
         gc.enable()
     kept = layer(x).sum()
@@ -173,6 +264,31 @@ def test_a_step_that_leaves_the_penalty_out_keeps_nothing() -> None:
     layer(x * 2)  # of a step that began before the first ended
     (kept + penalty).backward()
     assert layer.penalty() == 16
+
+
+@pytest.mark.parametrize("sparse_norm", [False, True])
+def test_the_penalty_has_its_gradient_where_activations_are_computed_again(sparse_norm: bool) -> None:
+    torch.manual_seed(0)
+    layer = SparseActivation(4, density=0.5, dynamic=True, norm="hoyer")
+    module = SparseBatchNorm(3, layer, track_running_stats=False) if sparse_norm else layer
+    plain = copy.deepcopy(module)
+    for _ in range(3):
+        x = torch.randn(2, 3, 4, 4, requires_grad=True)
+        y = checkpoint(lambda x: module(x * 3).square(), x, use_reentrant=False)
+        (y.sum() + layer.penalty()).backward()
+        gradient, x.grad = x.grad, None
+        (plain(x * 3).square().sum() + getattr(plain, "activation", plain).penalty()).backward()
+        assert gradient.equal(x.grad)
+
+
+def test_a_penalty_that_can_have_no_gradient_warns() -> None:
+    layer = SparseActivation(4, quarters=2, norm="l1")
+    x = torch.ones(1, 1, 4, 4, requires_grad=True)
+    checkpoint(layer, x, use_reentrant=True)
+    with pytest.warns(UserWarning, match=r"ran in training without gradients alone.*use_reentrant=False"):
+        assert layer.penalty() == 0
+    layer(x)
+    assert layer.penalty() == 8
 
 
 def test_a_copy_made_between_forward_and_backward_has_no_penalty_yet() -> None:
@@ -186,11 +302,17 @@ def test_a_copy_made_between_forward_and_backward_has_no_penalty_yet() -> None:
 def test_the_penalty_compiles_in_one_graph() -> None:
     plain, other = (SparseActivation((5, 5), density=0.4, dynamic=True, norm="hoyer") for _ in range(2))
     compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
-    for step in range(3):
+    for step in range(6):
         x = torch.randn(2, 3, 5, 5, requires_grad=True)
         with torch._dynamo.config.patch(error_on_recompile=step > 0):
-            compiled(x)
+            y = compiled(x)
         plain(x)
+        if step < 3:  # nobody asks
+            y.sum().backward()
+            plain._collected.forget()
+            if step == 2:
+                other.penalty()
+            continue
         one, two = plain.penalty(), other.penalty()
         torch.testing.assert_close(one, two)
         torch.testing.assert_close(torch.autograd.grad(one, x), torch.autograd.grad(two, x))
@@ -318,6 +440,11 @@ def test_a_model_is_converted_with_its_masks() -> None:
         (lambda: SparseActivation(4, mask=torch.ones(3, 4)), r"mask: got \(3, 4\), torch.float32; .* for \(4, 4\)"),
         (lambda: SparseActivation(2, mask=torch.full((2, 2), 0.5)), "expected True and False"),
         (lambda: SparseActivation(4, density=0.5, norm="l7"), "norm: got 'l7'; allowed are 'l0'"),
+        (lambda: SparseActivation(4, mask=[[1, 0]]), "mask: expected a tensor of True and False, got a list"),
+        (lambda: SparseActivation(2.5, density=0.5), "size: expected an integer of at least 1, got 2.5"),
+        (lambda: SparseActivation((2, 2, 2), density=0.5), r"size: expected a number, or .*, got \(2, 2, 2\)"),
+        (lambda: SparseActivation(4, density=0.5)(torch.ones(1, 1, 4, 4, dtype=torch.int64)), "floating.*torch.int64"),
+        (lambda: SparseBatchNorm(3, None), "SparseBatchNorm: expected a SparseActivation .*, got None"),
         (lambda: SparseActivation(4, density=0.5)(torch.ones(1, 1, 4, 5)), r"4×4, got shape \(1, 1, 4, 5\)"),
         (lambda: SparseBatchNorm(1, SparseActivation(4, density=0.5))(torch.ones(1, 1, 5, 5)), "4×4, got shape"),
     ],
@@ -325,6 +452,14 @@ def test_a_model_is_converted_with_its_masks() -> None:
 def test_bad_arguments_are_named(call: object, message: str) -> None:
     with pytest.raises(gs.ConfigurationError, match=message):
         call()
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 4, 4), (3, 4, 4), (3, 1, 4), (1, 3, 4, 4, 4)])
+def test_activations_of_another_shape_are_refused_before_anything_is_drawn(shape: tuple[int, ...]) -> None:
+    norm = SparseBatchNorm(3, SparseActivation(4, density=0.5, dynamic=True))
+    with pytest.raises(gs.ConfigurationError, match=r"SparseBatchNorm: is for .* \(N, 3, height, width\), got"):
+        norm(torch.ones(shape))
+    assert not norm.activation.draws
 
 
 def test_a_penalty_without_a_norm_is_refused() -> None:

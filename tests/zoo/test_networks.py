@@ -75,6 +75,15 @@ def test_spatial_bottlenecks_keep_so_many_quarters_of_what_the_first_convolution
     assert all(bool(mask.all()) == (kind == "dynamic") for mask in seen.values())
 
 
+@pytest.mark.parametrize("kind", ["structured", "static", "dynamic"])
+def test_spatial_bottlenecks_leave_the_weights_as_they_are(kind):
+    states = []
+    for options in ({}, {"spatial_bottleneck": kind}):
+        torch.manual_seed(4)
+        states.append(zoo.cifar_resnet(8, **options).state_dict())
+    assert all(value.equal(states[1][name]) for name, value in states[0].items())
+
+
 def test_spatial_bottlenecks_follow_torchs_seed_and_the_size_of_the_images():
     built = []
     for _ in range(2):
@@ -89,7 +98,9 @@ def test_spatial_bottlenecks_follow_torchs_seed_and_the_size_of_the_images():
     ("arguments", "named"),
     [
         ({"spatial_bottleneck": "random"}, "'random'; allowed are structured, static, dynamic"),
-        ({"quarters": 4}, "got 4"),
+        ({"spatial_bottleneck": "static", "quarters": 4}, "got 4"),
+        ({"quarters": 3}, "quarters=3 is of a spatial bottleneck; give spatial_bottleneck='structured'"),
+        ({"spatial_bottleneck": "static", "quarters": 1, "image_size": 2}, "image_size=2, .* give larger images"),
     ],
 )
 def test_impossible_bottlenecks_are_refused(arguments, named):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.checks import check_boolean, check_integer, check_number
-from gossamer.collect import Collected, recomputing
+from gossamer.collect import Collected, warn_missed
 from gossamer.errors import ConfigurationError, OrderError
 from gossamer.fold import foldable_relus, turn_into
 from gossamer.method import Masks, Method, Proposal
@@ -154,7 +154,13 @@ class LossyThreshold(Method):
         return [group if self.lr is None else group | {"lr": self.lr}]
 
     def penalty(self) -> Tensor | None:
-        """See `Method.penalty`: of the forward passes since it was last asked for, or since the last step.
+        """See `Method.penalty`: of the forward passes in training since the last step.
+
+        It may be asked for more than once; the first pass in training after that begins anew. Passes under
+        `torch.no_grad` do not count.
+
+        Warns:
+            UserWarning: A site ran without gradients alone, as under `checkpoint(use_reentrant=True)`.
 
         Raises:
             ConfigurationError: A site has not run in any forward pass so far.
@@ -162,9 +168,12 @@ class LossyThreshold(Method):
         terms, count = [], 0
         sparsifiers = self._sparsifiers()
         for strength, sparsifier in zip(self._strengths, sparsifiers, strict=True):
-            for sums, numel in sparsifier.take():
+            for sums, numel in sparsifier.collected.values():
                 terms.append(strength * self._penalty.value(*sums))
                 count += numel
+        missed = [site.name for site, each in zip(self.placed, sparsifiers, strict=True) if each.missed()]
+        if missed:
+            warn_missed(missed)
         if not terms:
             return None
         if idle := [site.name for site, each in zip(self.placed, sparsifiers, strict=True) if not each.has_run]:
@@ -175,10 +184,10 @@ class LossyThreshold(Method):
         return torch.stack(terms).sum() / (count if self.normalized else 1)
 
     def after_step(self, step: int) -> Proposal | None:
-        """See `Method.after_step`: forgets what was not asked for, and sharpens the thresholds."""
+        """See `Method.after_step`: forgets the passes so far, and sharpens the thresholds."""
         sharpness = self._sharpness(step)
         for sparsifier in self._sparsifiers():
-            sparsifier.take()
+            sparsifier.collected.forget()
             if sharpness != self._told:
                 sparsifier.a.fill_(sharpness)
         self._told = sharpness
@@ -325,8 +334,8 @@ class PlacedSparsifier(SiteSparsifier):
         self.penalty = penalty
         self.is_hard = hard
         self.has_run = False
-        self._collected = Collected()
-        self._moved = Collected()
+        self.collected = Collected()
+        self._moved: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """The threshold of a site's output, or input."""
@@ -334,26 +343,25 @@ class PlacedSparsifier(SiteSparsifier):
             x, hard=self.is_hard, terms=self.penalty.terms if self.training else (), b=self.penalty.b
         )
         if self.training:
-            if not recomputing():
-                self._collected.append((sums, y.numel()))
-                self.has_run = True
-                self._moved.clear()
+            self.collected.add((sums, y.numel()))
+            self.has_run = True
+            self._moved = None
         elif not torch.compiler.is_compiling():
             with torch.no_grad():
                 change = hard_threshold(x, self.eps, self.dim) - y
                 squares = torch.stack([change.float().square().sum(), y.detach().float().square().sum()])
-                self._moved[:] = [squares + self._moved[0] if self._moved else squares]
+                self._moved = squares if self._moved is None else squares + self._moved
         return y
 
-    def take(self) -> list[tuple[Tensor, int]]:
-        """Sums and number of activations of the forward passes so far, which are then forgotten."""
-        return self._collected.take()
+    def missed(self) -> bool:
+        """Whether it ran in training without gradients alone."""
+        return self.collected.missed and not self.collected.values()
 
     def moved(self) -> float | None:
         """See `LossyThreshold.learned`."""
-        if not self._moved:
+        if self._moved is None:
             return None
-        change, size = map(float, self._moved[0].tolist())
+        change, size = map(float, self._moved.tolist())
         return float((change / size) ** 0.5) if size else 0.0
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gossamer.checks import check_boolean, check_integer, check_number
 from gossamer.choice import largest_along
-from gossamer.collect import recomputing
+from gossamer.collect import Calls, recomputing
 from gossamer.errors import ConfigurationError
 
 
@@ -20,6 +20,10 @@ class KWinners(nn.Module):
     Largest are those of `x · exp(boost · (density − duty_cycle))`, where a channel's duty cycle is how often it has
     won: those that won too seldom are favoured. Winners keep the values they had, and only they have gradients. It
     stands in the place of a ReLU, or after one. Duty cycles are of this process; under DDP they are those of the first.
+
+    Inside activation checkpointing winners are those of the pass that is repeated, where it is the last one; else an
+    OrderError says so. A compiled part learns again when it is repeated, and its gradients are then wrong: leave
+    k-winners out of checkpoints that are compiled.
 
     Args:
         channels: Features of `(N, features)`, or channels of `(N, channels, …)`.
@@ -72,6 +76,7 @@ class KWinners(nn.Module):
         self.register_buffer("duty_cycle", torch.zeros(channels))
         self.register_buffer("boost", torch.tensor(float(boost)))
         self.register_buffer("samples", torch.zeros((), dtype=torch.int64))
+        self._calls = Calls()
         # A pass that is computed again for activation checkpointing has the winners of the first.
         self.register_buffer("duty_cycle_in_use", torch.zeros(channels), persistent=False)
 
@@ -80,16 +85,24 @@ class KWinners(nn.Module):
 
         Raises:
             ConfigurationError: Another number of channels, no floating point, or so few activations that none wins.
+            OrderError: It is computed again for a backward pass, and which call is repeated is not known.
         """
         count = self._count(x)
-        learns = self.training and not recomputing()
+        again = self.training and recomputing()
+        learns = self.training and not again
+        if again:
+            self._calls.check("KWinners")
         if learns:
             self.duty_cycle_in_use.copy_(self.duty_cycle)
         with torch.no_grad():
-            winners = self._winners(x.detach(), count)
+            # In the memory format of x, which the output then has too.
+            winners = torch.empty_like(x, dtype=torch.bool).copy_(self._winners(x.detach(), count))
             if learns and len(x):
                 self._learn(winners & (x != 0))
-        return torch.where(winners, x, torch.zeros_like(x))
+        y = torch.where(winners, x, torch.zeros_like(x))
+        if learns:
+            self._calls.add(y)
+        return y
 
     @torch.no_grad()
     def decay_boost(self) -> None:
@@ -114,8 +127,8 @@ class KWinners(nn.Module):
         """Which activations win: bool, of the shape of `x`."""
         wide = x if x.dtype == torch.float64 else x.float()
         duty_cycle = self.duty_cycle_in_use if self.training else self.duty_cycle
-        # The factor exp(boost · density), the same for all, changes no order, and could overflow.
-        factors = torch.exp(-self.boost * duty_cycle)
+        # A factor that is the same for all changes no order: that of the least duty cycle is 1, whatever the boost.
+        factors = torch.exp(self.boost * (duty_cycle.min() - duty_cycle))
         scores = wide * factors.view(-1, *[1] * (x.dim() - 2))
         if self.local:
             return largest_along(scores, count, 1)
@@ -129,9 +142,12 @@ class KWinners(nn.Module):
         self.duty_cycle.lerp_(won.float().mean(others), weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KWinners:
+        # Steps of a thousandth are lost in half precision: as integers they move to devices, and keep their bits.
+        names = ("duty_cycle", "boost", "duty_cycle_in_use")
+        bits = {name: getattr(self, name).float().view(torch.int32) for name in names}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name in ("duty_cycle", "boost", "duty_cycle_in_use"):  # steps of a thousandth are lost in half precision
-            setattr(self, name, getattr(self, name).float())
+        for name, each in bits.items():
+            setattr(self, name, fn(each).view(torch.float32))
         return self
 
     def extra_repr(self) -> str:

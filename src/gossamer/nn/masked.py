@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gossamer.checks import MAX_SEED, check_boolean, check_integer, check_number
-from gossamer.collect import Collected, recomputing
+from gossamer.collect import Calls, Collected, recomputing, warn_missed
 from gossamer.errors import ConfigurationError, OrderError
 from gossamer.penalties import Penalty, as_penalty
 from gossamer.splitmix import splitmix
@@ -33,6 +33,10 @@ def checkerboard(size: tuple[int, int], quarters: int) -> Tensor:
 class SparseActivation(nn.Module):
     """Sets the same positions of every channel and image to 0 (Peng et al., 2018, for the regular ones).
 
+    Inside activation checkpointing dynamic positions are those of the pass that is repeated, where it is the last one;
+    else an OrderError says so. A compiled part draws again when it is repeated, and its gradients are then wrong: leave
+    dynamic masks out of checkpoints that are compiled.
+
     Args:
         size: Height and width of the activations.
         mask: Which positions are kept, bool `size`; or
@@ -42,11 +46,12 @@ class SparseActivation(nn.Module):
             as they are.
         dense_inference: Whether evaluation leaves activations dense, scaled by the fraction kept; `None` where masks
             are dynamic.
-        seed: Of the random positions.
+        seed: Of the random positions. Layers of one size and seed have the same positions, at every draw too.
         norm: What `penalty` is of the output: `"l0"`, `"l1"`, `"l2"`, `"hoyer"`, or a `gossamer.penalties.Penalty`.
 
     Attributes:
-        mask: bool `size`, a buffer: the present positions.
+        mask: bool `size`, a buffer: the present positions. A mask that is loaded may keep another number of them.
+        seed: int64 `()`, a buffer, so that a loaded layer goes on with the positions that were saved.
 
     Raises:
         ConfigurationError: Not exactly one of `mask`, `quarters` and `density`, or a value out of range.
@@ -54,6 +59,7 @@ class SparseActivation(nn.Module):
 
     mask: Tensor
     draws: Tensor
+    seed: Tensor
 
     def __init__(
         self,
@@ -68,20 +74,22 @@ class SparseActivation(nn.Module):
         norm: str | Penalty | None = None,
     ) -> None:
         super().__init__()
-        height, width = (size, size) if isinstance(size, int) else size
-        self.size = (height, width)
-        for side in self.size:
+        sides = tuple(size) if isinstance(size, tuple | list) else (size, size)
+        if len(sides) != 2:
+            raise ConfigurationError(f"size: expected a number, or a height and a width, got {size!r}")
+        for side in sides:
             check_integer("size", side, at_least=1)
+        self.size: tuple[int, int] = sides
         if sum(each is not None for each in (mask, quarters, density)) != 1:
             raise ConfigurationError("SparseActivation: give one of mask, quarters and density")
         check_boolean("dynamic", dynamic)
         check_integer("seed", seed, at_least=0, at_most=MAX_SEED)
         self.dynamic = dynamic
-        self.seed = seed
         self.dense_inference = dynamic if dense_inference is None else dense_inference
         check_boolean("dense_inference", self.dense_inference)
         self.norm = None if norm is None else as_penalty(norm, "norm")
         self._collected = Collected()
+        self._calls = Calls()
         total = self.size[0] * self.size[1]
         if density is not None:
             check_number("density", density, 0, 1)
@@ -89,6 +97,8 @@ class SparseActivation(nn.Module):
         elif quarters is not None:
             mask = checkerboard(self.size, quarters)
         if mask is not None:
+            if not isinstance(mask, Tensor):
+                raise ConfigurationError(f"mask: expected a tensor of True and False, got a {type(mask).__name__}")
             if tuple(mask.shape) != self.size or not ((mask == 0) | (mask == 1)).all():
                 raise ConfigurationError(
                     f"mask: got {tuple(mask.shape)}, {mask.dtype}; expected True and False for {self.size}"
@@ -96,6 +106,7 @@ class SparseActivation(nn.Module):
             self.kept = int(mask.sum())
         if not self.kept:
             raise ConfigurationError(f"SparseActivation: keeps none of {total} positions; give a larger density")
+        self.register_buffer("seed", torch.tensor(seed))
         self.register_buffer("draws", torch.zeros((), dtype=torch.int64))
         self.register_buffer("mask", self._draw() if mask is None else mask != 0)
 
@@ -106,14 +117,15 @@ class SparseActivation(nn.Module):
 
     @property
     def sparsity(self) -> float:
-        """Fraction of positions that are set to 0."""
-        return 1 - self.density
+        """Fraction of positions that are set to 0: none where inference is dense."""
+        return 0.0 if self.dense_inference and not self.training else 1 - self.density
 
     def forward(self, x: Tensor) -> Tensor:
         """`(N, C, height, width)` → the same with zeros, or scaled in dense inference; a new tensor.
 
         Raises:
-            ConfigurationError: Another height or width.
+            ConfigurationError: Another height or width, or no floating point.
+            OrderError: It is computed again for a backward pass, and which call is repeated is not known.
         """
         self.prepare(x, self.training)
         if not self.training and self.dense_inference:
@@ -122,16 +134,23 @@ class SparseActivation(nn.Module):
         return self.collect(torch.where(mask, x, torch.zeros_like(x)), self.training)
 
     def penalty(self) -> Tensor:
-        """Sum of `norm` over the outputs in training since it was last asked for, 0-dim; they are then forgotten.
+        """Sum of `norm` over the outputs in training, 0-dim: a term of the loss.
 
-        It is a term of the loss. Outputs whose backward pass came by before are forgotten too.
+        It may be asked for more than once: the first pass in training after that begins anew, and so does one after the
+        backward pass of the others. Passes under `torch.no_grad` do not count. Ask in every step where the layer is
+        compiled: a compiled layer keeps the norms until then.
+
+        Warns:
+            UserWarning: The layer ran without gradients alone, as under `checkpoint(use_reentrant=True)`.
 
         Raises:
             OrderError: No `norm` was given.
         """
         if self.norm is None:
             raise OrderError("SparseActivation: has no norm to penalise; make it with norm='l1', for example")
-        values = [value for _, value in self._collected.take()]
+        values = self._collected.values()
+        if not values and self._collected.missed:
+            warn_missed(["SparseActivation"])
         return torch.stack(values).sum() if values else torch.zeros((), device=self.mask.device)
 
     @torch.no_grad()
@@ -144,20 +163,27 @@ class SparseActivation(nn.Module):
         """Check activations, and choose other positions where they are dynamic, before the mask is read.
 
         Raises:
-            ConfigurationError: Another height or width.
+            ConfigurationError: Another height or width, or no floating point.
+            OrderError: It is computed again for a backward pass, and which call is repeated is not known.
         """
-        if tuple(x.shape[-2:]) != self.size:
+        if tuple(x.shape[-2:]) != self.size or not x.is_floating_point():
             raise ConfigurationError(
-                f"SparseActivation: is for activations of {self.size[0]}×{self.size[1]}, got shape {tuple(x.shape)}"
+                f"SparseActivation: is for floating point of {self.size[0]}×{self.size[1]}, got shape "
+                f"{tuple(x.shape)} of {x.dtype}"
             )
-        if training and self.dynamic and not recomputing():
-            self.redraw()
+        if training and self.dynamic:
+            if recomputing():
+                self._calls.check("SparseActivation")
+            else:
+                self.redraw()
 
     def collect(self, y: Tensor, training: bool) -> Tensor:
         """Collect the norm of an output in training; returns the output."""
-        if self.norm is None or not training or recomputing():
+        if not training:
             return y
-        return self._collected.until_backward(self.norm(y if y.dtype == torch.float64 else y.float()), y)
+        if self.dynamic:
+            self._calls.add(y)
+        return y if self.norm is None else self._collected.until_backward(self.norm(y), y)
 
     def positions(self) -> Tensor:
         """The kept positions of a flattened image, int64 `(kept,)`, in order."""
@@ -170,6 +196,27 @@ class SparseActivation(nn.Module):
         ranks = keys.argsort().argsort()
         return (ranks < self.kept).view(self.size)
 
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        mask = state_dict.get(f"{prefix}mask")
+        if isinstance(mask, Tensor) and mask.shape == self.mask.shape and not mask.is_meta:
+            kept = int(mask.count_nonzero())
+            if not kept:
+                error_msgs.append(f"{prefix}mask: keeps none of {mask.numel()} positions; load another state")
+                return
+            self.kept = kept
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
     def extra_repr(self) -> str:
         """What `print` shows."""
         return f"{self.size[0]}×{self.size[1]}, density={self.density:.4g}" + ", dynamic" * self.dynamic
@@ -179,15 +226,30 @@ class _OfKept:
     """What the two batch norms below share."""
 
     activation: SparseActivation
+    num_features: int
+    training: bool
+
+    def __init__(self, num_features: int, activation: SparseActivation, **options: Any) -> None:
+        if not isinstance(activation, SparseActivation):
+            raise ConfigurationError(
+                f"{type(self).__name__}: expected a SparseActivation as the second argument, got {activation!r}"
+            )
+        super().__init__(num_features, **options)  # type: ignore[call-arg]
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(N, C, height, width)` → the same; a new tensor.
+        """`(N, C, height, width)` → the same, in the same memory format; a new tensor.
 
         Raises:
-            ConfigurationError: Another height or width than the mask's.
+            ConfigurationError: Another shape than that of the channels and the mask, or no floating point.
+            OrderError: See `SparseActivation.forward`.
         """
-        activation = self.activation
-        training: bool = self.training  # type: ignore[attr-defined]
+        activation, training = self.activation, self.training
+        if x.dim() != 4 or x.shape[1] != self.num_features:
+            raise ConfigurationError(
+                f"{type(self).__name__}: is for activations of shape (N, {self.num_features}, height, width), got "
+                f"{tuple(x.shape)}"
+            )
         activation.prepare(x, training)
         normalize = super().forward  # type: ignore[misc]
         if not training and activation.dense_inference:
@@ -198,7 +260,10 @@ class _OfKept:
         index = activation.positions()
         kept = normalize(x.flatten(2)[:, :, index].unsqueeze(2)).squeeze(2)
         y = x.new_zeros((*x.shape[:2], activation.mask.numel()), dtype=kept.dtype).index_copy(2, index, kept)
-        return activation.collect(y.view(x.shape), training)
+        y = y.view(x.shape)
+        if x.is_contiguous(memory_format=torch.channels_last):
+            y = y.contiguous(memory_format=torch.channels_last)
+        return activation.collect(y, training)
 
 
 class SparseBatchNorm(_OfKept, nn.BatchNorm2d):
@@ -213,10 +278,6 @@ class SparseBatchNorm(_OfKept, nn.BatchNorm2d):
             what is normalised.
         options: Those of `torch.nn.BatchNorm2d`.
     """
-
-    def __init__(self, num_features: int, activation: SparseActivation, **options: Any) -> None:
-        super().__init__(num_features, **options)
-        self.activation = activation
 
     def synchronized(self, process_group: Any = None) -> SparseSyncBatchNorm:
         """One of the same parameters, statistics and mask that in training normalises over all processes."""
@@ -234,10 +295,6 @@ class SparseSyncBatchNorm(_OfKept, nn.SyncBatchNorm):
     `SparseSyncBatchNorm.convert_sync_batchnorm(model)` converts a model; that of `torch.nn.SyncBatchNorm` would put
     plain batch norms in the place of sparse ones.
     """
-
-    def __init__(self, num_features: int, activation: SparseActivation, **options: Any) -> None:
-        super().__init__(num_features, **options)
-        self.activation = activation
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -31,15 +29,12 @@ class PaddedShortcut(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3×3 convolutions, each with batch norm, added to the shortcut before the last ReLU.
+    """Two 3×3 convolutions, each with batch norm, added to the shortcut before the last ReLU."""
 
-    With a mask what the first convolution gives is zero but for the positions that it keeps.
-    """
-
-    def __init__(self, inputs: int, outputs: int, stride: int, mask: SparseActivation | None = None) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.conv1 = conv3x3(inputs, outputs, stride)
-        self.norm1 = nn.BatchNorm2d(outputs) if mask is None else SparseBatchNorm(outputs, mask)
+        self.norm1: nn.BatchNorm2d = nn.BatchNorm2d(outputs)
         self.relu1 = nn.ReLU()
         self.conv2 = conv3x3(outputs, outputs)
         self.norm2 = nn.BatchNorm2d(outputs)
@@ -60,21 +55,14 @@ class CifarResNet(nn.Module):
 
     SPARSE_TARGETS: ClassVar[tuple[str, ...]] = ("*conv*.weight",)
 
-    def __init__(
-        self,
-        blocks: int,
-        channels: tuple[int, int, int],
-        in_channels: int,
-        classes: int,
-        masks: Callable[[int], SparseActivation | None] = lambda stage: None,
-    ) -> None:
+    def __init__(self, blocks: int, channels: tuple[int, int, int], in_channels: int, classes: int) -> None:
         super().__init__()
         self.conv = conv3x3(in_channels, channels[0])
         self.norm = nn.BatchNorm2d(channels[0])
         self.relu = nn.ReLU()
-        self.stage1 = _stage(blocks, channels[0], channels[0], 1, partial(masks, 0))
-        self.stage2 = _stage(blocks, channels[0], channels[1], 2, partial(masks, 1))
-        self.stage3 = _stage(blocks, channels[1], channels[2], 2, partial(masks, 2))
+        self.stage1 = _stage(blocks, channels[0], channels[0], 1)
+        self.stage2 = _stage(blocks, channels[0], channels[1], 2)
+        self.stage3 = _stage(blocks, channels[1], channels[2], 2)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Linear(channels[2], classes)
         initialise_residual(self)
@@ -87,11 +75,9 @@ class CifarResNet(nn.Module):
         return out
 
 
-def _stage(
-    blocks: int, inputs: int, outputs: int, stride: int, mask: Callable[[], SparseActivation | None]
-) -> nn.Sequential:
-    first = BasicBlock(inputs, outputs, stride, mask())
-    return nn.Sequential(first, *(BasicBlock(outputs, outputs, 1, mask()) for _ in range(blocks - 1)))
+def _stage(blocks: int, inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    first = BasicBlock(inputs, outputs, stride)
+    return nn.Sequential(first, *(BasicBlock(outputs, outputs, 1) for _ in range(blocks - 1)))
 
 
 def cifar_resnet(
@@ -101,7 +87,7 @@ def cifar_resnet(
     classes: int = 10,
     *,
     spatial_bottleneck: str | None = None,
-    quarters: int = 2,
+    quarters: int | None = None,
     image_size: int = 32,
 ) -> CifarResNet:
     """Build ResNet-`depth` for 32×32 images: 16, 32 and 64 channels, shortcuts without parameters (option A).
@@ -109,7 +95,8 @@ def cifar_resnet(
     ResNet-20 has 269,722 parameters, 267,696 of them in the convolutions (`SPARSE_TARGETS`).
 
     With a spatial bottleneck, what the first convolution of every block gives is computed at some positions only, and
-    zero elsewhere; the first batch norm normalises those (Peng et al., 2018, for the regular positions).
+    zero elsewhere; the first batch norm normalises those (Peng et al., 2018, for the regular positions). Of one seed of
+    torch the weights are those of the network without it.
 
     Args:
         depth: Layers with weights, 6n + 2: 20, 32, 44, 56 or 110 in the paper.
@@ -119,11 +106,12 @@ def cifar_resnet(
         spatial_bottleneck: `"structured"` for the positions of a checkerboard, `"static"` for random ones, `"dynamic"`
             for random ones that change with every forward pass in training, while evaluation is dense, scaled by the
             fraction kept. Each block has its own. `None` for none.
-        quarters: Fourths of the positions that are kept: 1, 2 or 3.
+        quarters: Fourths of the positions that a bottleneck keeps: 1, 2 (the default) or 3.
         image_size: Height and width of the images, which the positions depend on.
 
     Raises:
-        ConfigurationError: A size that is not positive, a depth that is not 6n + 2, an unknown bottleneck.
+        ConfigurationError: A size that is not positive, a depth that is not 6n + 2, an unknown bottleneck, quarters
+            without one, or images so small that it would keep no position.
     """
     check_sizes(
         "cifar_resnet", width=width, depth=depth, in_channels=in_channels, classes=classes, image_size=image_size
@@ -135,18 +123,38 @@ def cifar_resnet(
         raise ConfigurationError(
             f"cifar_resnet: spatial_bottleneck={spatial_bottleneck!r}; allowed are {', '.join(_BOTTLENECKS)} and None"
         )
-    check_integer("cifar_resnet: quarters", quarters, at_least=1, at_most=3)
-
-    def mask(stage: int) -> SparseActivation | None:
+    if quarters is not None:
+        check_integer("cifar_resnet: quarters", quarters, at_least=1, at_most=3)
         if spatial_bottleneck is None:
-            return None
-        size = -(-image_size // 2**stage)
-        if spatial_bottleneck == "structured":
-            return SparseActivation(size, quarters=quarters)
-        seed = int(torch.randint(1 << 62, ()))
-        return SparseActivation(size, density=quarters / 4, dynamic=spatial_bottleneck == "dynamic", seed=seed)
-
-    return CifarResNet((depth - 2) // 6, channels, in_channels, classes, mask)
+            raise ConfigurationError(
+                f"cifar_resnet: quarters={quarters} is of a spatial bottleneck; give spatial_bottleneck="
+                f"{_BOTTLENECKS[0]!r}, for example"
+            )
+    kept = quarters or 2
+    smallest = -(-image_size // 4)
+    if spatial_bottleneck in ("static", "dynamic") and smallest**2 * kept < 4:
+        raise ConfigurationError(
+            f"cifar_resnet: image_size={image_size}, whose last stage has {smallest}×{smallest} positions: {kept} "
+            "quarters of them are none; give larger images"
+        )
+    model = CifarResNet((depth - 2) // 6, channels, in_channels, classes)
+    if spatial_bottleneck is not None:
+        _narrow(model, spatial_bottleneck, kept, image_size)
+    return model
 
 
 _BOTTLENECKS = ("structured", "static", "dynamic")
+
+
+def _narrow(model: CifarResNet, kind: str, quarters: int, image_size: int) -> None:
+    """Put masks at the first batch norms; their seeds are drawn after the weights, so that these stay the same."""
+    for number, stage in enumerate((model.stage1, model.stage2, model.stage3)):
+        size = -(-image_size // 2**number)
+        for block in stage.children():
+            assert isinstance(block, BasicBlock)
+            if kind == "structured":
+                mask = SparseActivation(size, quarters=quarters)
+            else:
+                seed = int(torch.randint(1 << 62, (), device="cpu"))
+                mask = SparseActivation(size, density=quarters / 4, dynamic=kind == "dynamic", seed=seed)
+            block.norm1 = SparseBatchNorm(block.conv1.out_channels, mask)
