@@ -508,12 +508,35 @@ def test_layers_are_registered_all_or_none() -> None:
     assert sparsifier.data_groups["linear"]["sparse_config"] == {"fraction": 0.5}
 
 
+@pytest.mark.parametrize(
+    "aggregate", ["max", "mean", "quantile", torch.maximum, lambda one, other: other], ids=lambda each: str(each)[:9]
+)
+def test_what_is_kept_shares_nothing_with_what_enters_the_layer(aggregate: object) -> None:
+    net = nn.Sequential(nn.ReLU(inplace=True))
+    sparsifier = ActivationSparsifier(net, aggregate, mean, above, threshold=0.5).register_layers("0", mask_fn=above)
+    for step in range(2):
+        x = batch(step).sub_(1)
+        net(x)
+        before = sparsifier.data_groups["0"]["data"].clone()
+        x.zero_()
+        assert sparsifier.data_groups["0"]["data"].equal(before)
+    assert (before < 0).any()  # and not rectified
+
+
+def test_functions_that_write_into_what_they_get_change_nothing_else() -> None:
+    net, sparsifier = make(aggregate_fn=lambda one, other: other.add_(one))
+    x = batch(1)
+    net(batch(0))
+    net(x)
+    assert x.equal(batch(1))
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 
 def same(one: object, two: object) -> bool:
     if isinstance(one, torch.Tensor):
-        return isinstance(two, torch.Tensor) and one.equal(two)
+        return isinstance(two, torch.Tensor) and one.nan_to_num().equal(two.nan_to_num())
     if isinstance(one, dict):
         return isinstance(two, dict) and one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
     if isinstance(one, list):
@@ -563,6 +586,62 @@ def test_functions_that_return_what_cannot_be_used_are_named_and_change_nothing(
     net, sparsifier = make(**options)
     net(batch(0))
     refuses(net, sparsifier, error, message, sparsifier.step)
+
+
+def in_place_and_broken(one: torch.Tensor, other: torch.Tensor | float = 0.0, threshold: float = 0.5) -> torch.Tensor:
+    one.add_(1)
+    if isinstance(other, torch.Tensor):
+        other.add_(1)
+    raise KeyError("broken")
+
+
+@pytest.mark.parametrize("key", ["aggregate_fn", "reduce_fn", "mask_fn"])
+def test_functions_that_raise_are_named_with_their_layer_and_change_nothing(key: str) -> None:
+    net, sparsifier = make(**({"reduce_fn": lambda x: x.div_(10).mean(0)} | {key: in_place_and_broken}))
+    net.conv(batch(0))
+    net.linear(torch.ones(2, 16))
+    x = batch(1)
+    action = (lambda: net(x)) if key == "aggregate_fn" else sparsifier.step
+    refuses(net, sparsifier, gs.ConfigurationError, f"conv: {key} raised KeyError: 'broken'", action)
+    assert x.equal(batch(1))
+
+
+def test_quantiles_of_nan_are_refused_as_other_aggregates_are() -> None:
+    for aggregate in ("mean", "max", "quantile"):
+        net, sparsifier = make(aggregate_fn=aggregate)
+        x = batch(0)
+        x[0, 0, 0, 0] = torch.nan
+        net.conv(x)
+        net.linear(torch.ones(2, 16))
+        refuses(net, sparsifier, gs.NonFiniteError, "conv: reduce_fn returned NaN", sparsifier.step)
+
+
+@pytest.mark.parametrize(
+    ("data", "configs", "message"),
+    [
+        (None, {}, "conv: data: expected a tensor, got None"),
+        (3, {}, "conv: data: expected a tensor, got int"),
+        ([torch.ones(1), torch.ones(1)], {}, "conv: data: expected a tensor, got Tensor, Tensor"),
+        (torch.ones(2, 3, 4, 4), None, "conv: configs: expected a dict of functions, got None"),
+        (torch.ones(2, 3, 4, 4), {"mask_fn": 3}, "conv: mask_fn raised TypeError: 'int' object is not callable"),
+    ],
+)
+def test_masks_are_made_of_the_right_data_alone(data: object, configs: object, message: str) -> None:
+    net, sparsifier = make()
+    refuses(net, sparsifier, gs.ConfigurationError, message, lambda: sparsifier.update_mask("conv", data, configs))
+
+
+def test_masks_of_features_are_made_of_one_aggregate_for_each() -> None:
+    net = Net()
+    sparsifier = ActivationSparsifier(net, add, mean, above, threshold=0.5)
+    sparsifier.register_layer(net.conv, features=[0, 1], feature_dim=1)
+    parts = [torch.full((1, 1, 4, 4), value) for value in (0.0, 1.0)]
+    message = "conv: data: expected a list of 2 tensors, one for each feature, got Tensor"
+    refuses(net, sparsifier, gs.ConfigurationError, message, lambda: sparsifier.update_mask("conv", parts[1:], {}))
+    sparsifier.update_mask("conv", parts, {"sparse_config": {"threshold": -1.0}})  # the others are the layer's
+    assert [mask.mean() for mask in sparsifier.get_mask("conv")] == [1, 1]
+    sparsifier.update_mask("conv", parts, {})
+    assert [mask.mean() for mask in sparsifier.get_mask("conv")] == [0, 1]
 
 
 @pytest.mark.parametrize(

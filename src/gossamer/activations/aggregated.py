@@ -207,9 +207,9 @@ class ActivationSparsifier:
         masks = {}
         for name, group in watched.items():
             aggregate = _as_aggregate(group["aggregate_fn"])
-            joined = [_named(name, reduce, aggregate.join, parts) for parts in kept[name]]
+            joined = [_call(name, "aggregate_fn", reduce, aggregate.join, parts) for parts in kept[name]]
             data = [aggregate.finish(each) for each in joined]
-            masks[name] = self._mask_of(name, _like(group["features"], data), group)
+            masks[name] = self._mask_of(name, data, group)
         for name, mask in masks.items():
             self.state[name]["mask"] = mask
             del self.data_groups[name]["data"]
@@ -220,16 +220,24 @@ class ActivationSparsifier:
 
         Args:
             name: The layer's name.
-            data: The aggregate, a tensor; with features one for each.
-            configs: `reduce_fn`, `mask_fn`, `features`, `feature_dim` and `sparse_config`.
+            data: The aggregate, a tensor; with features a list of one for each.
+            configs: `reduce_fn`, `mask_fn` and `sparse_config`, in the place of the layer's; others are the layer's.
 
         Raises:
-            ConfigurationError: No layer is registered by this name, or a function returns something else than a tensor,
-                or a mask that does not broadcast over the layer's inputs.
+            ConfigurationError: No layer is registered by this name, the data are not of its features, or a function
+                raises, returns something else than a tensor, or a mask that does not broadcast over the layer's inputs.
             NonFiniteError: A function returns NaN.
         """
-        self._group(name)
-        self.state[name]["mask"] = self._mask_of(name, data, configs)
+        group, parts = self._group(name), _listed(data)
+        count = 1 if group["features"] is None else len(group["features"])
+        if len(parts) != count or not all(isinstance(part, Tensor) for part in parts):
+            expected = "a tensor" if group["features"] is None else f"a list of {count} tensors, one for each feature"
+            raise ConfigurationError(
+                f"{name}: data: expected {expected}, got {', '.join(type(part).__name__ for part in parts) or None}"
+            )
+        if not isinstance(configs, Mapping):
+            raise ConfigurationError(f"{name}: configs: expected a dict of functions, got {configs!r}")
+        self.state[name]["mask"] = self._mask_of(name, parts, {**group, **configs, "features": group["features"]})
 
     def squash_mask(self, attach_sparsify_hook: bool = True, **kwargs: Any) -> None:
         """Stop aggregating, and from now on multiply what enters the layers by their masks.
@@ -247,12 +255,12 @@ class ActivationSparsifier:
         for name in self.data_groups:
             self._hook(name, "sparsify" if attach_sparsify_hook else "None")
 
-    def _mask_of(self, name: str, data: Any, configs: Mapping[str, Any]) -> Tensor | list[Tensor]:
+    def _mask_of(self, name: str, data: list[Tensor], configs: Mapping[str, Any]) -> Tensor | list[Tensor]:
         masks = []
-        for part in _listed(data):
-            value = part
+        for part in data:
+            value = part.clone()  # functions may write into what they get
             for key, options in (("reduce_fn", {}), ("mask_fn", configs["sparse_config"])):
-                value = _named(name, configs[key], value, **options)
+                value = _call(name, key, configs[key], value, **options)
                 if not isinstance(value, Tensor):
                     raise ConfigurationError(f"{name}: {key} returned {type(value).__name__}, expected a tensor")
                 if value.isnan().any():
@@ -297,7 +305,7 @@ class ActivationSparsifier:
                 f"{name}: inputs have shape {tuple(x.shape)}, and earlier ones (…, {str(tuple(before.shape[1:]))[1:]}; "
                 "only batches of other sizes can be aggregated"
             )
-        return _named(name, aggregate.update, before, x)  # type: ignore[no-any-return]
+        return _call(name, "aggregate_fn", aggregate.update, before, x)  # type: ignore[no-any-return]
 
     def _sparsify(self, name: str, x: Tensor) -> Tensor:
         group, mask = self.data_groups[name], self.state[name]["mask"]
@@ -460,12 +468,14 @@ def _as_aggregate(function: Any) -> Aggregate:
     return function if isinstance(function, Aggregate) else RowByRow(function)
 
 
-def _named(name: str, function: Callable[..., Any], *values: Any, **options: Any) -> Any:
-    """Call a function; what it refuses is told with the layer's name."""
+def _call(name: str, key: str, function: Callable[..., Any], *values: Any, **options: Any) -> Any:
+    """Call what a layer has as `key`; what it raises is told with the layer's name."""
     try:
         return function(*values, **options)
     except ConfigurationError as error:
         raise ConfigurationError(f"{name}: {error}") from None
+    except Exception as error:
+        raise ConfigurationError(f"{name}: {key} raised {type(error).__name__}: {error}") from error
 
 
 def _broadcasts(mask: Tensor, x: Tensor) -> bool:

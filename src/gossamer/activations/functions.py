@@ -63,7 +63,8 @@ class RowByRow(Aggregate):
             ConfigurationError: The function returns something else than a tensor of this shape.
         """
         rows = min(len(one), len(other))
-        both = self.function(one[:rows], other[:rows])
+        # Copies: the function may write into them or return one, and others hold the batch that enters the layer.
+        both = self.function(one[:rows].clone(), other[:rows].clone())
         if not isinstance(both, Tensor) or both.shape != other[:rows].shape:
             found = tuple(both.shape) if isinstance(both, Tensor) else type(both).__name__
             raise ConfigurationError(
@@ -265,8 +266,9 @@ def _quantile(x: Tensor, q: float, dim: int) -> Tensor:
     ordered = (x if x.dtype == torch.float64 else x.float()).sort(dim).values
     place = q * (x.shape[dim] - 1)
     low = floor(place)
-    first = ordered.narrow(dim, low, 1)
-    return first if low == place else torch.lerp(first, ordered.narrow(dim, low + 1, 1), place - low)
+    first, last = ordered.narrow(dim, low, 1), ordered.narrow(dim, -1, 1)
+    between = first if low == place else torch.lerp(first, ordered.narrow(dim, low + 1, 1), place - low)
+    return torch.where(last.isnan(), last, between)  # which NaN is sorted to
 
 
 # -- names -------------------------------------------------------------------------------------------------------------
