@@ -746,7 +746,7 @@ def test_figures_show_every_site_and_layer_and_the_thresholds() -> None:
     with torch.no_grad():
         net.hidden.sparsifier.eps[0] = 0.75
     figures = gs.measure_activations(net, batches()).figures()
-    axes = {each.get_title().partition(":")[0]: each for each in figures["histograms"].axes}
+    axes = {each.get_title().partition("\n")[0]: each for each in figures["histograms"].axes}
     assert list(axes) == ["conv.sparsifier", "relu", "hidden.sparsifier", "act"]
     assert [list(line.get_xdata()) for line in axes["conv.sparsifier"].lines] == [[0.25, 0.25]]
     (span,) = [patch for patch in axes["hidden.sparsifier"].patches if type(patch).__name__ == "Rectangle"]
@@ -755,6 +755,26 @@ def test_figures_show_every_site_and_layer_and_the_thresholds() -> None:
     assert [text.get_text() for text in figures["macs"].axes[0].get_yticklabels()] == ["conv", "hidden", "head"]
     for figure in figures.values():
         figure.canvas.draw()
+
+
+def test_long_names_neither_overlap_nor_take_the_room_of_the_bars() -> None:
+    measured = gs.measure_activations(Net(), batches())
+    for each in measured.sites + measured.layers:
+        each["name"] = f"backbone.a_stage_with_a_long_name.and_a_branch_with_a_longer_name.{each['name']}"
+    figures = measured.figures()
+    for figure in figures.values():
+        figure.canvas.draw()
+    titles = [axes.title for axes in figures["histograms"].axes]
+    assert [title.get_text().partition("\n")[0] for title in titles] == [
+        f"backbone.a_sta…{end}" for end in ("ranch_with_a_longer_name.relu", "branch_with_a_longer_name.act")
+    ]
+    boxes = [title.get_window_extent() for title in titles]
+    assert boxes[0].x0 >= 0
+    assert boxes[0].x1 < boxes[1].x0
+    assert boxes[1].x1 <= figures["histograms"].bbox.x1
+    for name in ("zeros", "macs"):
+        axes = figures[name].axes[0].get_window_extent()
+        assert axes.width > 0.55 * figures[name].bbox.width
 
 
 def test_figures_of_nothing_are_none() -> None:
