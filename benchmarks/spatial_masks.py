@@ -138,7 +138,7 @@ def markdown(rows: list[dict[str, Any]], command: str) -> str:
         f"{EPOCHS} epochs. Test accuracy in per cent, mean ± standard error where there are several seeds (1, 2, 3).",
         "Dynamic masks are evaluated dense, as they are meant to be, and in brackets under the last masks of training.",
         "",
-        "| positions kept | masks | test accuracy | difference to dense, same seeds |",
+        "| positions kept | masks | test accuracy | difference to dense, same order of data |",
         "|---|---|---|---|",
     ]
     for row in rows:

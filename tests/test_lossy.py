@@ -307,3 +307,13 @@ def test_nothing_is_made_that_is_not_a_normal_number(dtype, eps):
     for made in (y.detach(), x.grad, e.grad):
         assert not ((made != 0) & (made.abs() < torch.finfo(dtype).tiny)).any()
     torch.testing.assert_close(y, formula(x.detach(), e.detach(), 16.0), rtol=1e-5, atol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_hard_thresholds_agree_in_half_precision_whichever_way_they_are_computed(dtype):
+    x = torch.arange(0.25, 0.35, 1e-4).to(dtype)
+    eps = torch.tensor([0.3003])
+    expected = torch.where(x.double() > 0.3003, x, 0)
+    assert lossy_threshold(x, eps, 4.0, hard=True)[0].equal(expected)
+    assert gs.nn.LossyHardSparsifier(eps)(x).equal(expected)
+    assert gs.nn.FATReLU(eps)(x).equal(expected)

@@ -49,6 +49,20 @@ def test_logits_are_chosen_where_they_are_allowed():
     assert names(["stem", "h*"], logits=True) == ["stem", "head"]
 
 
+def test_identities_after_the_logits_are_no_activations_and_parametrizations_no_modules():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Identity(), nn.ReLU(), nn.Linear(4, 2), nn.Flatten(), nn.Identity())
+    nn.utils.parametrize.register_parametrization(net[3], "weight", nn.Identity())
+    assert [site.name for site in select_sites(net)] == ["0", "1"]
+    assert [site.name for site in select_sites(net, logits=True)] == ["0", "1", "3", "5"]
+    assert [site.name for site in select_sites(nn.Sequential(nn.Identity(), nn.Identity()))] == ["0"]
+
+
+def test_modules_that_attention_reads_are_no_sites():
+    layer = nn.TransformerEncoderLayer(8, 2, 16)
+    net = nn.Sequential(layer, nn.Linear(8, 2))
+    assert [site.name for site in select_sites(net)] == ["0.linear1", "0.linear2"]
+
+
 @pytest.mark.parametrize(
     ("selection", "message"),
     [

@@ -84,6 +84,8 @@ def attach(
     automatic = isinstance(optimizer, str) and optimizer == "auto"
     followed = [] if optimizer is None or automatic else guard.check_follow(bound, optimizer)
     guard.check_unfollowed(None, followed)
+    if followed and any(method.learns for method in bound):
+        guard.check_room(model, followed)
     with torch.no_grad():
         for method in bound:
             method.install()
@@ -131,14 +133,16 @@ class Sparsity:
         found = guard.check_follow(self.methods, optimizer)
         guard.check_unfollowed(self._hooks, found)
         groups = self.param_groups()
-        if groups and any("initial_lr" in group for each in found for group in each.param_groups):
-            raise OrderError(f"a scheduler was made before learned parameters got groups of their own; {guard.ORDER}")
+        learned = [parameter for group in groups for parameter in group["params"]]
+        if learned:
+            guard.check_room(self._model, found, learned)
         with torch.no_grad():
             _check_first_masks(self.methods)
             self._place_masks()
             for tensor in self._hooks.tensors():
                 tensor.enforce()
-        optimizers.move_to_own_groups(groups, found)
+        if not optimizers.have_own_groups(learned, found):
+            optimizers.move_to_own_groups(groups, found)
         self._hooks.follow(found)
 
     def _adopt(self, optimizer: optim.Optimizer) -> None:
@@ -318,8 +322,11 @@ class Sparsity:
         A weight that is computed from other numbers keeps its mask.
         """
         self._require_attached()
+        learned = {id(parameter) for group in self.param_groups() for parameter in group["params"]}
         for method in self.methods:
             method.detach()
+        for optimizer in self._hooks.optimizers:
+            optimizers.drop_parameters(optimizer, learned)
         self._hooks.release()
 
     @torch.no_grad()

@@ -1,66 +1,115 @@
-"""Which ReLU takes the output of a module and nothing else does, so that the two can become one."""
+"""Which ReLU and threshold can become one operation, since nothing else sees what lies between them."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import fx, nn
 
+_FRESH = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+"""Modules whose output is a tensor of its own, which an in-place ReLU may change where it is its only user."""
 
-def following_relus(model: nn.Module, modules: Sequence[nn.Module]) -> dict[nn.Module, nn.ReLU]:
-    """The `torch.nn.ReLU` that alone takes a module's output, of each module that has one.
 
-    Both are called once in a forward pass, and the same in training as in evaluation. It is read off the graph that
-    `torch.fx` finds in a copy of the model; nothing is found where a forward pass depends on the values of tensors.
+def foldable_relus(
+    model: nn.Module, sites: Sequence[nn.Module], ours: Callable[[Any], bool]
+) -> dict[nn.Module, nn.ReLU]:
+    """For every site that has one, the `torch.nn.ReLU` that alone takes its output, or that it is itself.
+
+    It is read off the graphs that `torch.fx` finds in copies of the model: in training and in evaluation, and with the
+    arguments of `forward` that have defaults given and left out. All must agree; nothing is found where a forward pass
+    cannot be traced, or keeps what it computed. What other callers of the modules do is not seen.
+
+    Args:
+        model: The model.
+        sites: Modules within it.
+        ours: Whether a forward hook is one that the fold replaces; a module with other hooks is left.
     """
-    shared = {id(parameter): parameter for parameter in model.parameters()}
-    found: list[dict[nn.Module, nn.ReLU]] = []
+    graphs = []
     for training in (True, False):
-        try:
-            traced = copy.deepcopy(model, dict(shared)).train(training)
-            graph = _Tracer().trace(traced)
-        except Exception:  # a forward pass that cannot be traced may raise anything
-            return {}
-        found.append(_pairs(graph, model, modules))
-    return {module: relu for module, relu in found[0].items() if found[1].get(module) is relu}
+        for defaults in (False, True):
+            try:
+                graphs.append(_trace(model, training, defaults))
+            except Exception:  # a forward pass that cannot be traced may raise anything
+                return {}
+    named = dict(model.named_modules())
+    found = [dict(_pairs(graph, named, set(sites), ours)) for graph in graphs]
+    return {site: relu for site, relu in found[0].items() if all(each.get(site) is relu for each in found)}
 
 
-def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put a module in the place of another, wherever that is in the model."""
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is old:
-                parent._modules[name] = new
-
-
-def is_plain_relu(module: nn.Module) -> bool:
-    """Whether a module is a `torch.nn.ReLU` that nobody watches."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) is nn.ReLU and not any(hooks)
+def turn_into(module: nn.Module, other: nn.Module) -> None:
+    """Make a module what another is, so that whoever refers to it finds it changed."""
+    training = module.training
+    module.__class__ = type(other)
+    vars(module).update(vars(other))
+    module.train(training)
 
 
 class _Tracer(fx.Tracer):
-    """Goes into no module with hooks: they would be called with what stands for tensors."""
+    """Goes into no module with hooks, which would be called with what stands for tensors, nor into gossamer's own."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """See `torch.fx.Tracer`."""
         hooked = bool(m._forward_hooks or m._forward_pre_hooks)
-        return hooked or bool(super().is_leaf_module(m, module_qualified_name))
+        own = type(m).__module__.startswith("gossamer.nn.")
+        return hooked or own or bool(super().is_leaf_module(m, module_qualified_name))
 
 
-def _pairs(graph: fx.Graph, model: nn.Module, modules: Sequence[nn.Module]) -> dict[nn.Module, nn.ReLU]:
-    wanted = set(modules)
-    called = {node: model.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"}
+def _trace(model: nn.Module, training: bool, defaults: bool) -> fx.Graph:
+    """The graph of a copy of the model; an error where the copy kept something of it."""
+    shared = {id(parameter): parameter for parameter in model.parameters()}
+    traced = copy.deepcopy(model, dict(shared)).train(training)
+    parameters = inspect.signature(traced.forward).parameters.values()
+    given = {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        graph = _Tracer().trace(traced, concrete_args=given if defaults and given else None)
+    for module in traced.modules():
+        if any(isinstance(each, fx.Proxy) for value in vars(module).values() for each in _within(value)):
+            raise ValueError("keeps what it computed")
+    return graph
+
+
+def _within(value: Any) -> Iterator[Any]:
+    if isinstance(value, list | tuple | set):
+        for each in value:
+            yield from _within(each)
+    elif isinstance(value, dict):
+        for each in value.values():
+            yield from _within(each)
+    else:
+        yield value
+
+
+def _pairs(
+    graph: fx.Graph, named: dict[str, nn.Module], sites: set[nn.Module], ours: Callable[[Any], bool]
+) -> Iterator[tuple[nn.Module, nn.ReLU]]:
+    called = {node: named[str(node.target)] for node in graph.nodes if node.op == "call_module"}
     calls: Counter[Any] = Counter(called.values())
-    pairs = {}
-    for node, module in called.items():
-        if module not in wanted or len(node.users) != 1:
-            continue
-        user = next(iter(node.users))
-        relu = called.get(user)
-        if isinstance(relu, nn.ReLU) and is_plain_relu(relu) and calls[module] == calls[relu] == 1:
-            pairs[module] = relu
-    return pairs
+    for site in sites & set(calls):
+        nodes = [node for node, module in called.items() if module is site]
+        if type(site) is nn.ReLU:
+            inputs = [node.all_input_nodes[0] for node in nodes]
+            fresh = all(isinstance(called.get(each), _FRESH) and len(each.users) == 1 for each in inputs)
+            if _is_plain(site, ours) and (fresh or not site.inplace):
+                yield site, site
+        elif calls[site] == 1 and len(nodes[0].users) == 1 and not _is_watched(site, ours):
+            relu = called.get(next(iter(nodes[0].users)))
+            if type(relu) is nn.ReLU and calls[relu] == 1 and _is_plain(relu, lambda hook: False):
+                yield site, relu
+
+
+def _is_plain(module: nn.Module, ours: Callable[[Any], bool]) -> bool:
+    """Whether a module does what its class does, and nothing besides."""
+    return (
+        "forward" not in vars(module) and not module._modules.keys() - {"sparsifier"} and not _is_watched(module, ours)
+    )
+
+
+def _is_watched(module: nn.Module, ours: Callable[[Any], bool]) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(not ours(hook) for each in hooks for hook in each.values())

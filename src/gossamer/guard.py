@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, MutableMapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -44,6 +44,10 @@ class Keeper(Protocol):
 
     def trained_with(self) -> dict[int, str]:
         """Where parameters were added to the model: the names of all of its parameters, by id; else nothing."""
+        ...
+
+    def learned_in(self, parameters: Sequence[Tensor]) -> str | None:
+        """The name of one of these parameters that was added to the model; None where there is none."""
         ...
 
 
@@ -111,6 +115,12 @@ def check_claims(methods: Sequence[Method]) -> None:
     """Raise where a weight is claimed twice, or cannot be trained, or a method cannot share the model."""
     owner: dict[str, Method] = {}
     for method in methods:
+        for name in method.occupies():
+            if name in owner:
+                raise ConfigurationError(
+                    f"{name}: is a site of both {owner[name]!r} and {method!r}; give them `sites` that do not overlap"
+                )
+            owner[name] = method
         if method.over_all and len(methods) > 1:
             raise ConfigurationError(
                 f"{method!r}: over='all' counts every other weight as dense, and another method is attached beside it; "
@@ -129,6 +139,21 @@ def check_claims(methods: Sequence[Method]) -> None:
                     f"targets=['!{target.name}'], or prune it with gossamer.prune"
                 )
     check_unclaimed(target.parameter for method in methods for target in method.claims())
+
+
+def check_room(model: nn.Module, found: Sequence[optim.Optimizer], learned: Collection[nn.Parameter] = ()) -> None:
+    """Raise where optimizers cannot take what is learned beside a model: `learned`, where that exists already."""
+    held = {id(parameter) for each in found for parameter in optimizers.parameters(each)}
+    if not any(id(parameter) in held for parameter in model.parameters()):
+        raise OrderError(f"optimizer: has no parameter of the model (wrapping a model may replace them); {ORDER}")
+    if optimizers.have_own_groups(learned, found):
+        return
+    if all(isinstance(each, optim.Muon) for each in found):
+        raise ConfigurationError(
+            "optimizer: Muon takes matrices only, and thresholds are none; give a list of it and another optimizer"
+        )
+    if any("initial_lr" in group for each in found for group in each.param_groups):
+        raise OrderError(f"a scheduler was made before learned parameters got groups of their own; {ORDER}")
 
 
 def check_follow(methods: Sequence[Method], optimizer: object) -> list[optim.Optimizer]:
@@ -156,6 +181,12 @@ def _refuse_unfollowed(optimizer: optim.Optimizer, args: tuple[Any, ...], kwargs
     if _passed.get(optimizer) == state:
         return
     following = [keeper for keeper in _live if any(optimizer is each for each in keeper.optimizers)]
+    for other in _live:
+        if other.optimizers and other not in following and (learned := other.learned_in(held)) is not None:
+            raise OrderError(
+                f"{learned}: is learned beside the model, and sparsity.follow was called with another optimizer than "
+                f"the {type(optimizer).__name__} that steps now; leave it out of this one, or follow a list of both"
+            )
     kept = {id(each.parameter): each.name for keeper in following for each in keeper.claims()}
     masked = {id(each.parameter): each.name for keeper in _live for each in keeper.claims()}
     for parameter in held:

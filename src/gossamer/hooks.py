@@ -72,6 +72,14 @@ class StepHooks:
             return {}
         return {id(parameter): plain_name(name) for name, parameter in self._model.named_parameters()}
 
+    def learned_in(self, parameters: Sequence[Tensor]) -> str | None:
+        """The name of one of these parameters that methods added to the model; None where there is none."""
+        added = {id(each) for method in self._methods for group in method.param_groups() for each in group["params"]}
+        if not any(id(parameter) in added for parameter in parameters):
+            return None
+        names = {id(parameter): plain_name(name) for name, parameter in self._model.named_parameters()}
+        return next(names.get(id(each), "a parameter") for each in parameters if id(each) in added)
+
     def follow(self, found: list[optim.Optimizer]) -> None:
         """Hook into these optimizers instead of those followed before."""
         self.release()

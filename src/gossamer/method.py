@@ -68,6 +68,7 @@ class Method(ABC):
         masks_from_weights: Whether the first masks depend on the weights, which ranks could have made differently.
         over_all: Whether its budget is a fraction of all parameters of the model, so that no other method fits beside.
         hardens: Whether `finalize` changes outputs, since something smooth becomes hard.
+        learns: Whether it adds parameters to the model, which `param_groups` lists.
         steps: Names of the arguments that count optimizer steps: a recipe may give them as parts of training.
     """
 
@@ -76,6 +77,7 @@ class Method(ABC):
     masks_from_weights: bool = False
     over_all: bool = False
     hardens: ClassVar[bool] = False
+    learns: ClassVar[bool] = False
     steps: ClassVar[tuple[str, ...]] = ("begin", "end", "every", "until")
 
     def bind(self, model: nn.Module, masks: Masks) -> None:
@@ -92,6 +94,10 @@ class Method(ABC):
         """The claims, each as its masked tensor where its mask is hard: then the parameter is the present one."""
         hard = {tensor.name: tensor for tensor in self.tensors}
         return [hard.get(target.name, target) for target in self.claims()]
+
+    def occupies(self) -> list[str]:
+        """Names of what no other method may work on either, beside weights, such as the sites of thresholds."""
+        return []
 
     def install(self) -> None:
         """Change the model: first masks, hooks, parametrizations. Called once, after every method was bound."""

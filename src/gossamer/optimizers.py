@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -149,6 +149,17 @@ def move_to_own_groups(groups: Sequence[dict[str, Any]], found: Sequence[optim.O
         drop_parameters(optimizer, learned)
     for group in groups:
         home.add_param_group(dict(group))
+
+
+def have_own_groups(learned: Collection[Tensor], found: Sequence[optim.Optimizer]) -> bool:
+    """Whether these parameters, of which there are some, are in groups of their own that have no weight decay."""
+    ids = {id(parameter) for parameter in learned}
+    own = set()
+    for group in (group for each in found for group in each.param_groups):
+        here = {id(parameter) for parameter in group["params"]}
+        if here <= ids and not group.get("weight_decay"):
+            own |= here
+    return bool(ids) and own == ids
 
 
 def drop_parameters(optimizer: optim.Optimizer, gone: set[int]) -> None:

@@ -56,7 +56,7 @@ def called_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules within `model` that it may call, by name, in the order of `model.named_modules()`.
 
     Modules within a `torch.nn.MultiheadAttention` or a batch norm of kept positions, which read them and do not call
-    them, are left out.
+    them, and those that compute a parameter are left out.
     """
     found = {plain: module for name, module in model.named_modules() if (plain := plain_name(name))}
     silent = [name for name, module in found.items() if isinstance(module, _READERS)]
@@ -65,6 +65,7 @@ def called_modules(model: nn.Module) -> dict[str, nn.Module]:
         for name, module in found.items()
         if not isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict)
         and not any(name.startswith(f"{each}.") for each in silent)
+        and "parametrizations" not in name.split(".")
     }
 
 
@@ -83,8 +84,9 @@ def select_sites(
             excludes); a module type; a predicate; or a sequence of these. A glob chooses among the default modules, and
             where it matches none of them (`"*relu*"`) among all that contain no others; an exact name or a predicate
             any module that is called, a type those of that type. See `called_modules`.
-        logits: Whether globs, types and the default may choose the last of the default modules too. It makes the logits
-            of a classifier, which are no activations.
+        logits: Whether globs, types and the default may choose the last of the default modules too, in the order in
+            which the model has them, and identities after it. It makes the logits of a classifier, which are no
+            activations. Exclude those of other heads by name.
         default: The default modules.
 
     Raises:
@@ -92,7 +94,7 @@ def select_sites(
     """
     called = called_modules(model)
     usual = [name for name, module in called.items() if isinstance(module, default.types)]
-    last = usual[-1:] if not logits else []
+    last = [] if logits else _makes_logits(called, usual)
     eligible = [name for name in usual if name not in last]
     chosen = set(eligible) if selection is None else _choose(called, eligible, last, default, selection)
     if not chosen:
@@ -102,6 +104,12 @@ def select_sites(
             "predicate"
         )
     return [Site(name, module) for name, module in called.items() if name in chosen]
+
+
+def _makes_logits(called: dict[str, nn.Module], usual: Sequence[str]) -> list[str]:
+    """The last of these modules that is no identity, and the identities after it."""
+    others = [place for place, name in enumerate(usual) if not isinstance(called[name], nn.Identity)]
+    return list(usual[others[-1] :] if others else usual[-1:])
 
 
 def _choose(

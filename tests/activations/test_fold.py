@@ -126,6 +126,150 @@ def test_a_relu_that_somebody_watches_is_left():
     assert isinstance(net[0].sparsifier, LossyHardSparsifier)
 
 
+class Inplace(nn.Module):
+    """An in-place ReLU changes what others read."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.a, self.r, self.b, self.form = nn.Linear(6, 6), nn.ReLU(inplace=True), nn.Linear(6, 3), form
+
+    def forward(self, x):
+        y = self.a(x)
+        if self.form == "statement":
+            self.r(y)
+            return self.b(y)
+        if self.form == "view":
+            self.r(y.view(-1))
+            return self.b(y)
+        z = self.r(y)
+        return self.b(z + y)
+
+
+class Kept(nn.Module):
+    """What the first layer gives is read elsewhere: as an attribute, or only where an argument is given."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.a, self.r, self.b, self.form = nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3), form
+
+    def forward(self, x, skip=None):
+        y = self.a(x)
+        if self.form == "attribute":
+            self.features = y
+        z = self.r(y)
+        if self.form == "argument" and skip is None:
+            z = z + y
+        return self.b(z)
+
+
+class Listed(nn.Module):
+    """Calls its modules from a list that torch does not know of, and with a keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.r, self.b = nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)
+        self.layers = [self.a, self.r, self.b]
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(input=x)
+        return x
+
+
+class Counted(nn.Module):
+    """Draws random numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.r, self.b = nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.b(self.r(self.a(x)) * torch.rand(()))
+
+
+@pytest.mark.parametrize("form", ["statement", "view", "sum"])
+@pytest.mark.parametrize("sites", ["a", "r"])
+def test_an_in_place_relu_that_others_read_after_is_left(form, sites):
+    torch.manual_seed(0)
+    net = Inplace(form)
+    sparsity = prepare(net, sites=[sites], eps=0.2)
+    x = torch.randn(5, 6)
+    expected = hardened(net)(x.clone())
+    sparsity.finalize()
+    assert type(net.r) is nn.ReLU
+    assert net(x.clone()).equal(expected)
+
+
+@pytest.mark.parametrize("form", ["attribute", "argument"])
+def test_what_is_kept_or_read_in_some_calls_only_is_not_folded(form):
+    torch.manual_seed(0)
+    net = Kept(form)
+    sparsity = prepare(net, eps=0.2)
+    x = torch.randn(5, 6)
+    expected = hardened(net)(x)
+    sparsity.finalize()
+    assert type(net.r) is nn.ReLU
+    assert net(x).equal(expected)
+    assert not hasattr(net, "features") or isinstance(net.features, torch.Tensor)
+
+
+@pytest.mark.parametrize("sites", ["a", "r"])
+def test_a_relu_is_changed_for_all_who_refer_to_it(sites):
+    torch.manual_seed(0)
+    net = Listed()
+    sparsity = prepare(net, sites=[sites], eps=0.2)
+    x = torch.randn(5, 6)
+    expected = hardened(net)(x)
+    sparsity.finalize()
+    assert type(net.layers[1]) is type(net.r) is FATReLU
+    assert net(x).equal(expected)
+
+
+def test_a_relu_within_a_module_of_torch_is_left():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, activation=nn.ReLU(), batch_first=True).eval()
+    net = nn.Sequential(layer, nn.Linear(8, 3))
+    sparsity = prepare(net, sites=nn.ReLU, eps=0.4)
+    x = torch.randn(2, 5, 8)
+    expected = hardened(net)(x)
+    sparsity.finalize()
+    torch.testing.assert_close(net(x), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), expected)  # where torch takes a shorter way unless there are hooks
+
+
+def test_a_hook_of_the_user_on_a_site_stays_where_it_was():
+    for watched in (nn.ReLU(), nn.Tanh()):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 6), watched, nn.Linear(6, 3))
+        sparsity = prepare(net, eps=0.2)
+        net[0].register_forward_hook(lambda module, inputs, y: 3 * y)
+        x = torch.randn(5, 6)
+        y = nn.functional.linear(x, net[0].weight, net[0].bias)
+        expected = net[2](net[1](3 * y * (y.abs() > net[0].sparsifier.eps.detach().abs())))
+        sparsity.finalize()
+        assert net(x).equal(expected)
+
+
+def test_finalized_networks_can_be_traced_and_a_second_method_folds_too():
+    torch.manual_seed(0)
+    net = Plain()
+    sparsity = gs.attach(net, [gs.LossyThreshold(sites="0", eps=0.2), gs.LossyThreshold(sites="2", eps=0.3)])
+    x = torch.randn(3, 3, 8, 8)
+    expected = hardened(net)(x)
+    sparsity.finalize()
+    assert [type(net[place]) for place in (1, 3)] == [FATReLU, FATReLU]
+    assert net(x).equal(expected)
+    assert torch.fx.symbolic_trace(net)(x).equal(expected)
+
+
+def test_nothing_is_folded_where_that_is_not_wanted():
+    net = Plain()
+    prepare(net, fold=False).finalize()
+    assert [type(net[place]) for place in (1, 3)] == [nn.ReLU, nn.ReLU]
+    assert isinstance(net[0].sparsifier, LossyHardSparsifier)
+
+
 def test_thresholds_before_modules_are_not_folded():
     net = Plain()
     prepare(net, position="before").finalize()
@@ -143,7 +287,7 @@ def test_alexnet_folds_every_site():
 
 
 def test_looking_for_what_follows_leaves_the_model_as_it_was():
-    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Dropout(), nn.Linear(4, 2))
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Dropout(), Counted())
     sparsity = gs.attach(net, gs.LossyThreshold())
     before, random = copy.deepcopy(net.state_dict()), torch.get_rng_state()
     sparsity.finalize()

@@ -261,6 +261,99 @@ def test_an_optimizer_is_followed_of_itself_where_that_was_asked_for() -> None:
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
 
 
+def everything(net: nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in net.state_dict().items()}
+
+
+@pytest.mark.parametrize("second", ["after", "before"])
+def test_two_methods_on_one_site_are_refused(second: str) -> None:
+    net = Net()
+    before = everything(net)
+    methods = [gs.LossyThreshold(sites="conv"), gs.LossyThreshold(sites="con*", position=second)]
+    with pytest.raises(gs.ConfigurationError, match=r"conv: is a site of both .*; give them `sites` that do not"):
+        gs.attach(net, methods)
+    assert everything(net).keys() == before.keys()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda net: torch.optim.Muon([net.hidden.weight], lr=0.1), "Muon takes matrices only"),
+        (lambda net: scheduled(net), "a scheduler was made before learned parameters"),
+    ],
+)
+def test_an_optimizer_that_cannot_take_thresholds_is_refused_before_anything_is_changed(
+    make: object, message: str
+) -> None:
+    net = Net()
+    before = everything(net)
+    optimizer = make(net)
+    with pytest.raises(gs.GossamerError, match=message):
+        gs.attach(net, [gs.DSR(0.8, targets="hidden.weight"), gs.LossyThreshold()], optimizer)
+    after = everything(net)
+    assert before.keys() == after.keys()
+    assert all(after[key].equal(value) for key, value in before.items())
+
+
+def scheduled(net: nn.Module) -> torch.optim.Optimizer:
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    return optimizer
+
+
+def test_another_optimizer_may_not_train_thresholds() -> None:
+    net = Net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    gs.attach(net, gs.LossyThreshold(), optimizer)
+    other = torch.optim.SGD(net.parameters(), lr=0.1, weight_decay=1.0)
+    net(batch(0)).sum().backward()
+    with pytest.raises(gs.OrderError, match=r"conv.sparsifier.eps: is learned beside the model, .* another optimizer"):
+        other.step()
+    assert net.conv.sparsifier.eps.tolist() == pytest.approx([0.1])
+    with pytest.raises(gs.OrderError, match="optimizer: has no parameter of the model"):
+        gs.attach(Net(), gs.LossyThreshold(), torch.optim.SGD(net.parameters(), lr=0.1))
+
+
+def test_following_again_keeps_groups_state_and_schedulers() -> None:
+    net = Net()
+    handle = gs.attach(net, gs.LossyThreshold())
+    eps = [each for name, each in net.named_parameters() if name.endswith("eps")]
+    others = [each for name, each in net.named_parameters() if not name.endswith("eps")]
+    groups = [{"params": others}, {"params": eps, "lr": 0.5, "weight_decay": 0.0}]
+    optimizer = torch.optim.Adam(groups, lr=0.1, weight_decay=0.1)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    handle.follow(optimizer)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.5]
+    (net(batch(0)).sum() + handle.penalty()).backward()
+    optimizer.step()
+    state = optimizer.state[eps[0]]["exp_avg"].clone()
+    handle.follow(optimizer)
+    assert optimizer.state[eps[0]]["exp_avg"].equal(state)
+    handle.detach()
+    assert [len(group["params"]) for group in optimizer.param_groups] == [len(others)]
+
+
+def test_thresholds_before_modules_take_inputs_by_keyword() -> None:
+    net = nn.Sequential(nn.Linear(4, 4))
+    gs.attach(net, gs.LossyThreshold(sites="0", position="before", eps=0.3))
+    x = torch.randn(3, 4)
+    assert net[0](input=x).equal(net[0](x))
+
+
+def test_what_cannot_take_a_threshold_is_refused_with_a_remedy() -> None:
+    net = Net()
+    gs.attach(net, gs.LossyThreshold(fold=False)).finalize()
+    with pytest.raises(gs.OrderError, match="conv: has the hard threshold of a run that was finalized; load its"):
+        gs.attach(net, gs.LossyThreshold())
+    net = Net()
+    net.hidden.sparsifier = 3
+    with pytest.raises(gs.ConfigurationError, match="hidden: has an attribute 'sparsifier'"):
+        gs.attach(net, gs.LossyThreshold())
+    lazy = nn.Sequential(nn.LazyLinear(4), nn.ReLU(), nn.Linear(4, 2))
+    with pytest.raises(gs.ConfigurationError, match="0: its channels are not known yet"):
+        gs.attach(lazy, gs.LossyThreshold(position="before", per_channel=True))
+
+
 def test_channels_of_norms_have_thresholds_of_their_own() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.GroupNorm(2, 4), nn.ReLU())
     sparsity = gs.attach(net, gs.LossyThreshold(sites=[nn.BatchNorm2d, nn.GroupNorm], per_channel=True))
@@ -386,6 +479,14 @@ class Branches(Net):
         (lambda: gs.LossyThreshold(sites="con"), "sites: 'con' matches no module.*did you mean 'conv'"),
         (lambda: gs.LossyThreshold(sites=nn.GELU), "sites: the model calls no GELU"),
         (lambda: gs.LossyThreshold(sites=lambda name, module: False), "sites: the predicate .* holds for no module"),
+        (lambda: gs.LossyThreshold(eps=1e39), r"eps: expected a number in .* got 1e\+39"),
+        (lambda: gs.LossyThreshold(sharpness=float("inf")), "sharpness: expected a number in .* got inf"),
+        (lambda: gs.LossyThreshold(sharpness=None), "sharpness: expected a number in .* got None"),
+        (lambda: gs.LossyThreshold(max_sharpness=None), "max_sharpness: expected a number in .* got None"),
+        (lambda: gs.LossyThreshold(lr=float("inf")), "lr: expected a number in .* got inf"),
+        (lambda: gs.LossyThreshold(double_at=3), "double_at: expected a list of numbers of steps, got 3"),
+        (lambda: gs.LossyThreshold({1: 2.0}), "strength: expected globs over names of sites, got 1"),
+        (lambda: gs.LossyThreshold({"con": 1.0, "*": 2.0}), "strength: 'con' matches no site; the first is conv"),
         (lambda: gs.LossyThreshold(sites=3), "sites: expected globs, module types or predicates, got 3"),
         (lambda: gs.LossyThreshold(sites=["relu"], per_channel=True), "relu: is a ReLU, whose channels are not known"),
     ],

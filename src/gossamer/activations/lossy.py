@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from gossamer.checks import check_boolean, check_integer, check_number
 from gossamer.collect import Collected, recomputing
 from gossamer.errors import ConfigurationError, OrderError
-from gossamer.fold import following_relus, is_plain_relu, replace_module
+from gossamer.fold import foldable_relus, turn_into
 from gossamer.method import Masks, Method, Proposal
-from gossamer.nn.lossy import LossySparsifier, hard_threshold, lossy_threshold
+from gossamer.nn.lossy import LossyHardSparsifier, LossySparsifier, hard_threshold, lossy_threshold
 from gossamer.penalties import Penalty, as_penalty
 from gossamer.sites import Site, SiteSelection, select_sites
 from gossamer.targets import matches, plain_name, whole
+
+MOST = 1e30
+"""Below this thresholds, sharpness and learning rates have to be."""
 
 CHILD = "sparsifier"
 """The name of the module that is put into each site."""
@@ -54,6 +57,9 @@ class LossyThreshold(Method):
         hard: Whether values are those of the hard threshold from the start, with the gradients of the smoothed one (a
             straight-through estimator).
         lr: Learning rate of the thresholds; `None` for the optimizer's.
+        fold: Whether `finalize` makes one operation of a threshold and the ReLU after it, where no forward pass of the
+            model shows that anything else sees what lies between them. What does not go through the model's `forward`,
+            such as a call of its parts from outside, is not seen.
 
     Raises:
         ConfigurationError: A value out of range, when the method is made.
@@ -72,30 +78,36 @@ class LossyThreshold(Method):
     double_at: Sequence[int] = ()
     final_sharpness: float | None = None
     until: int | None = None
-    max_sharpness: float = float("inf")
+    max_sharpness: float = 2.0**16
     hard: bool = False
     lr: float | None = None
+    fold: bool = True
     placed: list[Site] = field(default_factory=list, init=False, repr=False)
 
     name = "lossy_threshold"
     steps = ("double_at", "until")
     hardens = True
+    learns = True
 
     def __post_init__(self) -> None:
         strengths = self.strength if isinstance(self.strength, Mapping) else {"": self.strength}
         for glob, value in strengths.items():
+            if not isinstance(glob, str):
+                raise ConfigurationError(f"strength: expected globs over names of sites, got {glob!r}")
             check_number(f"strength[{glob!r}]" if glob else "strength", value, 0, float("inf"), open_high=True)
         if self.position not in ("after", "before"):
             raise ConfigurationError(f"position: got {self.position!r}; allowed are 'after' and 'before'")
-        for name in ("logits", "per_channel", "normalized", "hard"):
+        for name in ("logits", "per_channel", "normalized", "hard", "fold"):
             check_boolean(name, getattr(self, name))
-        check_number("eps", self.eps, float("-inf"), float("inf"))
+        check_number("eps", self.eps, -MOST, MOST)
         for name in ("sharpness", "final_sharpness", "max_sharpness", "lr"):
             value = getattr(self, name)
-            if value is not None:
-                check_number(name, value, 0, float("inf"))
+            if value is not None or name in ("sharpness", "max_sharpness"):
+                check_number(name, value, 0, MOST, open_high=True)
                 if value == 0 and name != "lr":
                     raise ConfigurationError(f"{name}: expected a number above 0, got 0")
+        if not isinstance(self.double_at, list | tuple | range):
+            raise ConfigurationError(f"double_at: expected a list of numbers of steps, got {self.double_at!r}")
         for step in self.double_at:
             check_integer("double_at", step, at_least=0)
         if (self.final_sharpness is None) != (self.until is None) or (self.double_at and self.until is not None):
@@ -115,9 +127,19 @@ class LossyThreshold(Method):
         for site in self.placed:
             check_free(site)
         self._channels = [_channels(site, self.position) if self.per_channel else (None, 1) for site in self.placed]
+        for site, (channels, _) in zip(self.placed, self._channels, strict=True):
+            if channels == 0:
+                raise ConfigurationError(f"{site.name}: its channels are not known yet; run the model once before")
         self._strengths = [self._strength_of(site) for site in self.placed]
+        globs = list(self.strength) if isinstance(self.strength, Mapping) else []
+        if idle := [glob for glob in globs if not any(matches(site.name, glob) for site in self.placed)]:
+            raise ConfigurationError(f"strength: {idle[0]!r} matches no site; the first is {self.placed[0].name}")
         self._told = self.sharpness
         self._model = model
+
+    def occupies(self) -> list[str]:
+        """See `Method.occupies`: the sites."""
+        return [site.name for site in self.placed]
 
     def install(self) -> None:
         """See `Method.install`."""
@@ -170,22 +192,23 @@ class LossyThreshold(Method):
     def finalize(self) -> None:
         """See `Method.finalize`: hard thresholds stay, as the children `sparsifier`, each a `LossyHardSparsifier`.
 
-        Where a `torch.nn.ReLU` takes a site's output and nothing else does, or where the site is one, the two become a
-        `gossamer.nn.FATReLU` in the place of the ReLU, with the same outputs, and the site is left as it was before.
+        With `fold`, where a `torch.nn.ReLU` takes a site's output and nothing else does, or where the site is one, the
+        ReLU becomes a `gossamer.nn.FATReLU` with the same outputs, and the site is left as it was before.
         """
         self._last = self.learned()
-        sparsifiers = self._sparsifiers()
-        after = self.position == "after"
-        relus = following_relus(self._model, [site.module for site in self.placed]) if after else {}
+        relus = {}
+        if self.fold and self.position == "after":
+            modules = [site.module for site in self.placed]
+            relus = foldable_relus(self._model, modules, lambda hook: hook is _after)
         names = {module: plain_name(name) for name, module in self._model.named_modules()}
-        for site, sparsifier, row in zip(self.placed, sparsifiers, self._last, strict=True):
-            _take_off(site.module)
-            relu = site.module if after and is_plain_relu(site.module) else relus.get(site.module)
+        for site, sparsifier, row in zip(self.placed, self._sparsifiers(), self._last, strict=True):
+            relu = relus.get(site.module)
             row["folded_into"] = None if relu is None else names[relu]
-            if relu is not None:
-                replace_module(self._model, relu, sparsifier.relu())
+            if relu is None:
+                site.module._modules[CHILD] = sparsifier.hard()
             else:
-                put(sparsifier.hard(), site, self.position)
+                _take_off(site.module)
+                turn_into(relu, sparsifier.relu())
 
     # -- what it tells -----------------------------------------------------------------------------------------------
 
@@ -336,6 +359,15 @@ class PlacedSparsifier(SiteSparsifier):
 
 def check_free(site: Site) -> None:
     """Raise unless a threshold can be put after or before a site."""
+    if isinstance(site.module._modules.get(CHILD), LossyHardSparsifier):
+        raise OrderError(
+            f"{site.name}: has the hard threshold of a run that was finalized; load its weights into a model without "
+            "thresholds, and attach that"
+        )
+    if hasattr(site.module, CHILD) and CHILD not in site.module._modules:
+        raise ConfigurationError(
+            f"{site.name}: has an attribute {CHILD!r}, which is the name of the threshold's module"
+        )
     if CHILD in site.module._modules:
         raise OrderError(
             f"{site.name}: has a threshold already; call finalize() or detach() on the handle that put it there"
@@ -352,15 +384,21 @@ def put(threshold: nn.Module, site: Site, position: str) -> None:
     if position == "after":
         site.module.register_forward_hook(_after)
     else:
-        site.module.register_forward_pre_hook(_before)
+        site.module.register_forward_pre_hook(_before, with_kwargs=True)
 
 
 def _after(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
     return module._modules[CHILD](output)  # type: ignore[misc]
 
 
-def _before(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    return module._modules[CHILD](inputs[0]), *inputs[1:]  # type: ignore[misc]
+def _before(
+    module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    threshold: Any = module._modules[CHILD]
+    if inputs:
+        return (threshold(inputs[0]), *inputs[1:]), named
+    first = next(iter(named))
+    return (), named | {first: threshold(named[first])}
 
 
 def _take_off(module: nn.Module) -> None:
@@ -368,6 +406,7 @@ def _take_off(module: nn.Module) -> None:
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
         for key in [key for key, hook in hooks.items() if hook in (_after, _before)]:
             del hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def _channels(site: Site, position: str) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 
 from gossamer.checks import check_integer, check_number
@@ -72,10 +72,20 @@ def lossy_threshold(
     return _Threshold.apply(x, eps, sharpness, dim, hard, tuple(terms), b)  # type: ignore[no-untyped-call, no-any-return]
 
 
+@fx.wrap
 def hard_threshold(x: Tensor, eps: Tensor, dim: int = 1) -> Tensor:
     """`x` where `|x| > |eps|`, else 0; a new tensor, NaN stays. Arguments and errors as of `lossy_threshold`."""
     _check(x, eps, dim)
-    return torch.where(x.abs() <= _along(eps.abs().to(x.dtype), x.dim(), dim), torch.zeros_like(x), x)
+    wide = torch.promote_types(x.dtype, torch.float32)  # where the smoothed one is computed, so that the two agree
+    return torch.where(x.abs().to(wide) <= _along(eps.abs().to(wide), x.dim(), dim), torch.zeros_like(x), x)
+
+
+@fx.wrap
+def threshold_relu(x: Tensor, eps: Tensor, dim: int = 1) -> Tensor:
+    """`x` where `x > |eps|`, else 0; otherwise as `hard_threshold`."""
+    _check(x, eps, dim)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return torch.where(x.to(wide) <= _along(eps.abs().to(wide), x.dim(), dim), torch.zeros_like(x), x)
 
 
 def _check(x: Tensor, eps: Tensor, dim: int) -> None:
@@ -376,10 +386,9 @@ class FATReLU(nn.Module):
         self.register_buffer("eps", _first(eps, channels))
         self.dim = dim
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The activations of `x`, of its shape and type, a new tensor; NaN stays."""
-        _check(x, self.eps, self.dim)
-        return torch.where(x <= _along(self.eps.abs().to(x.dtype), x.dim(), self.dim), torch.zeros_like(x), x)
+    def forward(self, input: Tensor) -> Tensor:
+        """The activations of a tensor, of its shape and type, a new tensor; NaN stays."""
+        return threshold_relu(input, self.eps, self.dim)
 
     def extra_repr(self) -> str:
         """What `print` shows."""
