@@ -223,7 +223,7 @@ class ActivationSparsifier:
         for name, group in watched.items():
             aggregate = _as_aggregate(group["aggregate_fn"])
             joined = [_call(name, "aggregate_fn", reduce, aggregate.join, parts) for parts in kept[name]]
-            data = [aggregate.finish(each) for each in joined]
+            data = [_call(name, "aggregate_fn", aggregate.finish, each) for each in joined]
             masks[name] = self._mask_of(name, data, group)
         for name, mask in masks.items():
             self.state[name]["mask"] = mask
@@ -307,7 +307,7 @@ class ActivationSparsifier:
         x = x.detach()
         parts = [x] if features is None else [x.index_select(*each) for each in self._indices(name, x)]
         if before is None:
-            data = [aggregate.start(part) for part in parts]
+            data = [_call(name, "aggregate_fn", aggregate.start, part) for part in parts]
         else:
             data = [self._updated(name, *pair, aggregate) for pair in zip(_listed(before), parts, strict=True)]
         group["data"] = _like(features, data)
