@@ -692,7 +692,8 @@ def test_quantiles_of_nan_are_refused_as_other_aggregates_are() -> None:
         (None, {}, "conv: data: expected a tensor, got None"),
         (3, {}, "conv: data: expected a tensor, got int"),
         ([torch.ones(1), torch.ones(1)], {}, "conv: data: expected a tensor, got Tensor, Tensor"),
-        (torch.ones(2, 3, 4, 4), None, "conv: configs: expected a dict of functions, got None"),
+        (torch.ones(2, 3, 4, 4), None, "conv: configs: expected a dict of functions, .* got None"),
+        (torch.ones(2, 3, 4, 4), {"sparse_config": None}, "conv: configs: .* got {'sparse_config': None}"),
         (torch.ones(2, 3, 4, 4), {"mask_fn": 3}, "conv: mask_fn raised TypeError: 'int' object is not callable"),
     ],
 )

@@ -250,8 +250,10 @@ class ActivationSparsifier:
             raise ConfigurationError(
                 f"{name}: data: expected {expected}, got {', '.join(type(part).__name__ for part in parts) or None}"
             )
-        if not isinstance(configs, Mapping):
-            raise ConfigurationError(f"{name}: configs: expected a dict of functions, got {configs!r}")
+        if not isinstance(configs, Mapping) or not isinstance(configs.get("sparse_config", {}), Mapping):
+            raise ConfigurationError(
+                f"{name}: configs: expected a dict of functions, and sparse_config as a dict; got {configs!r}"
+            )
         self.state[name]["mask"] = self._mask_of(name, parts, {**group, **configs, "features": group["features"]})
 
     def squash_mask(self, attach_sparsify_hook: bool = True, **kwargs: Any) -> None:
