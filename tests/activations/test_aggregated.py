@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -346,6 +347,74 @@ def test_a_state_of_the_class_of_torch_is_loaded() -> None:
     assert not net_2(x).equal(Net()(x))
 
 
+@pytest.mark.parametrize("registered", [False, True])
+def test_a_watched_state_of_the_class_of_torch_goes_on_with_its_functions(registered: bool) -> None:
+    net, theirs = make(TorchActivationSparsifier)
+    theirs.unregister_layer("conv")
+    theirs.register_layer(net.conv, features=(0, 2), feature_dim=1, threshold=0.3)
+    net(batch(0))
+    net_2 = Net()
+    ours = ActivationSparsifier(net_2)
+    if registered:
+        ours.register_layer(net_2.conv, add, mean, above, (0, 2), 1, threshold=0.3)
+    ours.load_state_dict(theirs.state_dict())
+    for each, sparsifier in ((net, theirs), (net_2, ours)):
+        each(batch(1))
+        sparsifier.step()
+    assert ours.get_mask("linear").equal(theirs.get_mask("linear"))
+    for mask, expected in zip(ours.get_mask("conv"), theirs.get_mask("conv"), strict=True):
+        assert mask.equal(expected)
+
+
+def test_masks_that_are_not_known_yet_are_a_value_error_as_in_the_class_of_torch() -> None:
+    for kind in (ActivationSparsifier, TorchActivationSparsifier):
+        _, sparsifier = make(kind)
+        with pytest.raises(ValueError, match=r"conv: has no mask yet|shape unknown"):
+            sparsifier.get_mask("conv")
+
+
+@pytest.mark.parametrize("features", [(0, 2), np.array([0, 2]), [np.int64(0), np.int32(2)], torch.tensor([0, 2])])
+def test_features_may_be_any_integers(features: object) -> None:
+    net = Net()
+    sparsifier = ActivationSparsifier(net, add, mean, above, threshold=0.5)
+    sparsifier.register_layer(net.conv, features=features, feature_dim=np.int64(1))
+    net(batch(0))
+    sparsifier.step()
+    assert [mask.shape for mask in sparsifier.get_mask("conv")] == [(1, 4, 4)] * 2
+    assert (sparsifier.data_groups["conv"]["features"], sparsifier.data_groups["conv"]["feature_dim"]) == ([0, 2], 1)
+
+
+@pytest.mark.parametrize(
+    ("saved", "here", "said"),
+    [
+        ("mean", "max", r"aggregate of Mean\(.*decay=1.0\), and aggregate_fn is Max"),
+        ("max", "mean", r"aggregate of Max\(.*\), and aggregate_fn is Mean"),
+        ("mean", "running_mean", r"aggregate of Mean\(.*decay=1.0\), and aggregate_fn is Mean\(.*decay=0.9\)"),
+        (add, "quantile", r"aggregate of add, and aggregate_fn is Quantile"),
+        (add, torch.maximum, r"aggregate of add, and aggregate_fn is .*maximum"),
+    ],
+)
+def test_what_one_aggregate_kept_is_not_loaded_into_another(saved: object, here: object, said: str) -> None:
+    net, sparsifier = make(aggregate_fn=saved)
+    net(batch(0))
+    net_2, other = make(aggregate_fn=here)
+    state = pickle.loads(pickle.dumps(sparsifier.state_dict()))
+    refuses(net_2, other, gs.StateError, f"conv: the state has an {said}", lambda: other.load_state_dict(state))
+
+
+def test_layers_of_one_side_are_left_as_they_are_unless_strict() -> None:
+    net, sparsifier = make()
+    net(batch(0))
+    state = sparsifier.state_dict()
+    for part in state.values():
+        part["head"] = part.pop("linear")
+    _, other = make()
+    other.load_state_dict(state, strict=False)
+    assert other.data_groups["conv"]["data"].equal(batch(0))
+    assert list(other.data_groups) == ["linear", "conv"]
+    assert "data" not in other.data_groups["linear"]
+
+
 def test_a_mask_is_not_the_tensor_that_the_function_returned() -> None:
     given = torch.ones(3, 4, 4)
     net = Net()
@@ -384,7 +453,8 @@ def test_aggregation_goes_on_where_it_was_saved() -> None:
 def test_layers_can_be_taken_out_and_registered_anew() -> None:
     net, sparsifier = make()
     before = Net()(batch(0))
-    sparsifier.register_layer(net.conv, threshold=0.1)
+    with pytest.warns(UserWarning, match="conv: is registered already, and begins anew"):
+        sparsifier.register_layer(net.conv, threshold=0.1)
     assert len(net.conv._forward_pre_hooks) == 1
     assert sparsifier.data_groups["conv"]["sparse_config"] == {"threshold": 0.1}
     assert sparsifier.defaults["sparse_config"] == {"threshold": 0.5}
@@ -508,12 +578,35 @@ def test_layers_are_registered_all_or_none() -> None:
     assert sparsifier.data_groups["linear"]["sparse_config"] == {"fraction": 0.5}
 
 
+@pytest.mark.parametrize(
+    "aggregate", ["max", "mean", "quantile", torch.maximum, lambda one, other: other], ids=lambda each: str(each)[:9]
+)
+def test_what_is_kept_shares_nothing_with_what_enters_the_layer(aggregate: object) -> None:
+    net = nn.Sequential(nn.ReLU(inplace=True))
+    sparsifier = ActivationSparsifier(net, aggregate, mean, above, threshold=0.5).register_layers("0", mask_fn=above)
+    for step in range(2):
+        x = batch(step).sub_(1)
+        net(x)
+        before = sparsifier.data_groups["0"]["data"].clone()
+        x.zero_()
+        assert sparsifier.data_groups["0"]["data"].equal(before)
+    assert (before < 0).any()  # and not rectified
+
+
+def test_functions_that_write_into_what_they_get_change_nothing_else() -> None:
+    net, _ = make(aggregate_fn=lambda one, other: other.add_(one))
+    x = batch(1)
+    net(batch(0))
+    net(x)
+    assert x.equal(batch(1))
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 
 def same(one: object, two: object) -> bool:
     if isinstance(one, torch.Tensor):
-        return isinstance(two, torch.Tensor) and one.equal(two)
+        return isinstance(two, torch.Tensor) and one.nan_to_num().equal(two.nan_to_num())
     if isinstance(one, dict):
         return isinstance(two, dict) and one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
     if isinstance(one, list):
@@ -565,6 +658,63 @@ def test_functions_that_return_what_cannot_be_used_are_named_and_change_nothing(
     refuses(net, sparsifier, error, message, sparsifier.step)
 
 
+def in_place_and_broken(one: torch.Tensor, other: torch.Tensor | float = 0.0, threshold: float = 0.5) -> torch.Tensor:
+    one.add_(1)
+    if isinstance(other, torch.Tensor):
+        other.add_(1)
+    raise KeyError("broken")
+
+
+@pytest.mark.parametrize("key", ["aggregate_fn", "reduce_fn", "mask_fn"])
+def test_functions_that_raise_are_named_with_their_layer_and_change_nothing(key: str) -> None:
+    net, sparsifier = make(**({"reduce_fn": lambda x: x.div_(10).mean(0)} | {key: in_place_and_broken}))
+    net.conv(batch(0))
+    net.linear(torch.ones(2, 16))
+    x = batch(1)
+    action = (lambda: net(x)) if key == "aggregate_fn" else sparsifier.step
+    refuses(net, sparsifier, gs.ConfigurationError, f"conv: {key} raised KeyError: 'broken'", action)
+    assert x.equal(batch(1))
+
+
+def test_quantiles_of_nan_are_refused_as_other_aggregates_are() -> None:
+    for aggregate in ("mean", "max", "quantile"):
+        net, sparsifier = make(aggregate_fn=aggregate)
+        x = batch(0)
+        x[0, 0, 0, 0] = torch.nan
+        net.conv(x)
+        net.linear(torch.ones(2, 16))
+        refuses(net, sparsifier, gs.NonFiniteError, "conv: reduce_fn returned NaN", sparsifier.step)
+
+
+@pytest.mark.parametrize(
+    ("data", "configs", "message"),
+    [
+        (None, {}, "conv: data: expected a tensor, got None"),
+        (3, {}, "conv: data: expected a tensor, got int"),
+        ([torch.ones(1), torch.ones(1)], {}, "conv: data: expected a tensor, got Tensor, Tensor"),
+        (torch.ones(2, 3, 4, 4), None, "conv: configs: expected a dict of functions, .* got None"),
+        (torch.ones(2, 3, 4, 4), {"sparse_config": None}, "conv: configs: .* got {'sparse_config': None}"),
+        (torch.ones(2, 3, 4, 4), {"mask_fn": 3}, "conv: mask_fn raised TypeError: 'int' object is not callable"),
+    ],
+)
+def test_masks_are_made_of_the_right_data_alone(data: object, configs: object, message: str) -> None:
+    net, sparsifier = make()
+    refuses(net, sparsifier, gs.ConfigurationError, message, lambda: sparsifier.update_mask("conv", data, configs))
+
+
+def test_masks_of_features_are_made_of_one_aggregate_for_each() -> None:
+    net = Net()
+    sparsifier = ActivationSparsifier(net, add, mean, above, threshold=0.5)
+    sparsifier.register_layer(net.conv, features=[0, 1], feature_dim=1)
+    parts = [torch.full((1, 1, 4, 4), value) for value in (0.0, 1.0)]
+    message = "conv: data: expected a list of 2 tensors, one for each feature, got Tensor"
+    refuses(net, sparsifier, gs.ConfigurationError, message, lambda: sparsifier.update_mask("conv", parts[1:], {}))
+    sparsifier.update_mask("conv", parts, {"sparse_config": {"threshold": -1.0}})  # the others are the layer's
+    assert [mask.mean() for mask in sparsifier.get_mask("conv")] == [1, 1]
+    sparsifier.update_mask("conv", parts, {})
+    assert [mask.mean() for mask in sparsifier.get_mask("conv")] == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("message", "action"),
     [
@@ -583,6 +733,34 @@ def test_functions_that_return_what_cannot_be_used_are_named_and_change_nothing(
         (
             "linear: aggregate_fn is 'maen'; .*'quantile', .*did you mean 'mean'",
             lambda net, it: it.register_layer(net.linear, aggregate_fn="maen"),
+        ),
+        (
+            r"conv: mask_fn with \{'threshold': 0.5, 'fraction': 7\}: got an unexpected keyword argument",
+            lambda net, it: it.register_layer(net.conv, mask_fn="magnitude", fraction=7),
+        ),
+        *(
+            (
+                rf"threshold: expected a number in \[0, inf\), got {value!r}",
+                lambda net, it, value=value: it.register_layer(net.conv, mask_fn="magnitude", threshold=value),
+            )
+            for value in ("0.5", None, float("nan"), -1.0)
+        ),
+        (
+            r"conv: mask_fn with {'fraction': 7}: fraction: expected a number in \[0, 1\], got 7",
+            lambda net, it: ActivationSparsifier(
+                net, "mean", "batch_mean", "top_fraction", fraction=7
+            ).register_layers(),
+        ),
+        *(
+            (
+                r"conv: features=\[.*; give integers, or lists of them",
+                lambda net, it, features=features: it.register_layer(net.conv, features=features, feature_dim=1),
+            )
+            for features in ([], [[]], [[[0, 1]]], ["a"])
+        ),
+        (
+            r"features=\[1\] need a feature_dim, an integer; got 1.5",
+            lambda net, it: it.register_layer(net.conv, features=[1], feature_dim=1.5),
         ),
         ("conv: reduce_fn is 3; give a function", lambda net, it: it.register_layer(net.conv, reduce_fn=3)),
         (r"features=\[1\] need a feature_dim", lambda net, it: it.register_layer(net.conv, features=[1])),
@@ -620,6 +798,7 @@ def test_inputs_that_cannot_be_aggregated_are_named_and_change_nothing(
     message: str, options: dict[str, object], x: torch.Tensor
 ) -> None:
     net, sparsifier = make()
+    sparsifier.unregister_layer("conv")
     sparsifier.register_layer(net.conv, **options)
     if "features" not in options:
         net(batch(0))
@@ -673,6 +852,14 @@ def damaged(change: Callable[[dict[str, object]], object]) -> dict[str, object]:
             ),
         ),
         (
+            "linear: the saved state is damaged",
+            lambda state: state["state"]["linear"].update(mask=torch.full((16,), torch.nan)),
+        ),
+        (
+            "linear: the saved aggregate is damaged",
+            lambda state: state["data_groups"]["linear"].update(data=torch.tensor(1.0)),
+        ),
+        (
             r"linear: the state has features=\[1\], feature_dim=1, and the layer is registered with None, None",
             lambda state: state["data_groups"]["linear"].update(features=[1], feature_dim=1),
         ),
@@ -689,6 +876,17 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(
     net, sparsifier = make()
     net(batch(3))
     refuses(net, sparsifier, gs.StateError, message, lambda: sparsifier.load_state_dict(damaged(change)))
+
+
+@pytest.mark.parametrize(("aggregate", "rows"), [("mean", 2), ("max", 1)])
+def test_aggregates_of_another_length_are_damaged(aggregate: str, rows: int) -> None:
+    net, sparsifier = make(aggregate_fn=aggregate)
+    net(batch(0))
+    state = copy.deepcopy(sparsifier.state_dict())
+    assert len(state["data_groups"]["conv"]["data"]) == rows
+    state["data_groups"]["conv"]["data"] = torch.ones(3, 3, 4, 4)
+    action = lambda: sparsifier.load_state_dict(state)  # noqa: E731
+    refuses(net, sparsifier, gs.StateError, "conv: the saved aggregate is damaged", action)
 
 
 def test_a_watched_layer_is_not_loaded_without_functions() -> None:

@@ -17,9 +17,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import gossamer as gs
+from gossamer.activations.counts import _count, _scattered
 from gossamer.zoo._vision import import_torchvision
 
 VALUES = [0.0, -0.0, 1.0, -0.5, 0.3, -2.25, 3e-5, -1e-7, 1e4, float("nan"), float("inf"), -float("inf")]
@@ -138,6 +139,23 @@ def test_many_values_are_counted_as_few_are() -> None:
     assert sum(found["histogram"]["positive"]) == (x > 0).sum()
 
 
+@given(st.lists(st.integers(0, 7)))
+def test_numbers_are_counted_alike_on_every_device(numbers: list[int]) -> None:
+    index = torch.tensor(numbers, dtype=torch.int32)
+    expected = [numbers.count(number) for number in range(8)]
+    assert _count(index, 8).tolist() == _scattered(index, 8).tolist() == expected
+
+
+def test_values_beyond_single_precision_are_finite_and_in_the_outermost_bins() -> None:
+    x = torch.tensor([[1e300, -1e300, 1.0, 0.0, 1e-60, torch.inf, torch.nan]], dtype=torch.float64)
+    measured = gs.measure_activations(nn.Sequential(nn.Identity()), [x, x], sites="0")
+    found = row(measured, "0")
+    assert (found["non_finite"], found["zeros"], found["l1"]) == (4, 2, pytest.approx(4e300))
+    histogram = found["histogram"]
+    assert (histogram["positive"][0], histogram["positive"][-1], sum(histogram["positive"])) == (2, 2, 6)
+    assert (histogram["negative"][-1], sum(histogram["negative"])) == (2, 2)
+
+
 def test_each_call_counts_and_a_site_that_never_ran_says_so() -> None:
     measured = gs.measure_activations(Net(), batches())
     assert [each["name"] for each in measured.sites] == ["relu", "act", "idle"]
@@ -145,7 +163,6 @@ def test_each_call_counts_and_a_site_that_never_ran_says_so() -> None:
     assert row(measured, "act")["elements"] == 3 * 2 * 5 * 16
     assert row(measured, "act")["samples"]["count"] == 3 * 2 * 5
     idle = row(measured, "idle")
-    assert idle["never_called"]
     assert idle["sparsity"] is None
     assert idle["elements"] == idle["calls"] == 0
     assert "never called" in str(measured)
@@ -181,6 +198,21 @@ def test_totals_are_sums_over_rows() -> None:
     assert totals["saved_macs"] == sum(each["saved_macs"] for each in measured.layers)
     assert totals["saved"] == totals["saved_macs"] / totals["macs"]
     assert totals["input_sparsity"] == totals["input_zeros"] / sum(each["elements"] for each in measured.layers)
+
+
+def test_modules_with_products_that_are_not_counted_are_named() -> None:
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    net = nn.Sequential(
+        nn.Embedding(5, 8), nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), encoder, nn.LSTM(8, 4)
+    )
+    measured = gs.measure_activations(net, [torch.zeros(2, 3, dtype=torch.int64)])
+    assert measured.totals["uncounted"] == [
+        {"name": "2.self_attn", "type": "MultiheadAttention"},
+        {"name": "3", "type": "LSTM"},
+    ]
+    assert [each["name"] for each in measured.layers] == ["1", "2.linear1", "2.linear2"]
+    assert "Not counted: 1 MultiheadAttention, 1 LSTM." in str(measured)
+    assert "ot counted" not in str(gs.measure_activations(Net(), batches()))
 
 
 # -- multiply-accumulates ----------------------------------------------------------------------------------------------
@@ -382,6 +414,22 @@ def test_thresholds_and_masks_of_positions_are_sites_and_what_reads_them_is_one(
     assert row(measured, "3")["thresholds"] == [pytest.approx(0.3)]
 
 
+def test_a_mask_that_batch_norms_read_is_no_site_unless_it_is_called() -> None:
+    class Reads(nn.Module):
+        def __init__(self, calls: bool) -> None:
+            super().__init__()
+            self.calls = calls
+            self.mask = gs.nn.SparseActivation(4, density=0.5)
+            self.norm = gs.nn.SparseBatchNorm(2, self.mask)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.mask(self.norm(x)) if self.calls else self.norm(x)
+
+    for calls, names in ((False, ["norm"]), (True, ["mask", "norm"])):
+        measured = gs.measure_activations(Reads(calls), [random(3, 2, 4, 4)])
+        assert [each["name"] for each in measured.sites] == names
+
+
 def test_k_winners_are_sites() -> None:
     net = nn.Sequential(nn.Linear(2, 4), gs.nn.KWinners(2, 0.25, inference_factor=1.0))
     measured = gs.measure_activations(net, [random(3, 2, 6, 2)], sites="1")  # the linear layer before has them last
@@ -477,6 +525,14 @@ def test_model_and_random_state_are_as_they_were(loader: list[Tensor], hard: boo
     assert sparsity.summary().learned == learned
     for key, value in net.state_dict().items():
         assert torch.equal(value, values[key]), key
+
+
+def test_a_forward_of_a_modules_own_is_there_afterwards() -> None:
+    net = nn.Sequential(gs.nn.LossySparsifier(), gs.nn.LossySparsifier())
+    own = net[0].forward = lambda x: x + 1
+    gs.measure_activations(net, [random(2, 3)])
+    assert net[0].forward is own
+    assert "forward" not in vars(net[1])
 
 
 def test_modes_are_those_of_evaluation_without_gradients() -> None:
@@ -596,6 +652,57 @@ def test_sites_that_cannot_be_measured_are_refused_by_name(sites: Any, message: 
     assert state(net) == before
 
 
+class Rows(Dataset[Tensor]):
+    def __getitem__(self, index: int) -> Tensor:
+        return random(2, 6, 6, seed=index)
+
+
+class Streamed(IterableDataset[Tensor]):
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(batches())
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        (random(3, 2, 6, 6), r"got Tensor; give a DataLoader, or \[\(x,\)\] of one batch"),
+        (np.zeros((3, 2, 6, 6)), "got ndarray; give a DataLoader"),
+        (TensorDataset(random(3, 2, 6, 6)), r"got TensorDataset; give torch.utils.data.DataLoader\(dataset, 64\)"),
+        (Rows(), "got Rows; give torch.utils.data.DataLoader"),
+        ("batches", "got str"),
+        ({"x": random(3, 2, 6, 6)}, "got dict"),
+        (3, "got int"),
+        (None, "got NoneType"),
+        ([()], r"gave \(\) as a batch"),
+        ([None], "gave None as a batch"),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+def test_what_gives_no_batches_is_refused(loader: Any, message: str) -> None:
+    with pytest.raises(gs.ConfigurationError, match=f"loader: .*{message}"):
+        gs.measure_activations(Net(), loader)
+
+
+def test_batches_may_be_streamed() -> None:
+    streamed, listed = (gs.measure_activations(Net(), each) for each in (Streamed(), batches()))
+    assert streamed.as_dict() == listed.as_dict()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_nested_tensors_are_refused_with_a_remedy_that_helps() -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+    padding = torch.tensor([[False, False, True], [False, False, False]])
+
+    def forward(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch, src_key_padding_mask=padding)
+
+    with pytest.raises(gs.ConfigurationError, match=r"layers.0.linear1: got nested .* use_nested_tensor set to False"):
+        gs.measure_activations(encoder, [random(2, 3, 8)], forward=forward)
+    encoder.use_nested_tensor = False
+    measured = gs.measure_activations(encoder, [random(2, 3, 8)], forward=forward)
+    assert layer_row(measured, "layers.0.linear1")["macs"] == 2 * 3 * 8 * 16
+
+
 def test_other_bad_input_is_refused() -> None:
     with pytest.raises(gs.ConfigurationError, match=r"idle: was not called .*sites=\['!idle', ...\]"):
         gs.measure_activations(Net(), batches(), sites=nn.ReLU)
@@ -622,6 +729,14 @@ def test_dict_is_plain_json_whatever_the_values() -> None:
     assert json.loads(text) == measured.as_dict()
     assert "not finite" in str(measured)
     assert row(measured, "0")["non_finite"] == 2
+    net = nn.Sequential(nn.Identity(), gs.nn.LossyHardSparsifier()).double()
+    net[1].eps.fill_(torch.nan)
+    measured = gs.measure_activations(net, [torch.full((1, 2), 1e308, dtype=torch.float64)], sites=["0", "1"])
+    assert row(measured, "0")["l1"] == torch.inf
+    text = json.dumps(measured.as_dict(), allow_nan=False)
+    assert json.loads(text) == measured.as_dict()
+    assert measured.as_dict()["sites"][0]["l1"] is None
+    assert measured.as_dict()["sites"][1]["thresholds"] == [None]
 
 
 def test_figures_show_every_site_and_layer_and_the_thresholds() -> None:
@@ -631,7 +746,7 @@ def test_figures_show_every_site_and_layer_and_the_thresholds() -> None:
     with torch.no_grad():
         net.hidden.sparsifier.eps[0] = 0.75
     figures = gs.measure_activations(net, batches()).figures()
-    axes = {each.get_title().partition(":")[0]: each for each in figures["histograms"].axes}
+    axes = {each.get_title().partition("\n")[0]: each for each in figures["histograms"].axes}
     assert list(axes) == ["conv.sparsifier", "relu", "hidden.sparsifier", "act"]
     assert [list(line.get_xdata()) for line in axes["conv.sparsifier"].lines] == [[0.25, 0.25]]
     (span,) = [patch for patch in axes["hidden.sparsifier"].patches if type(patch).__name__ == "Rectangle"]
@@ -640,6 +755,26 @@ def test_figures_show_every_site_and_layer_and_the_thresholds() -> None:
     assert [text.get_text() for text in figures["macs"].axes[0].get_yticklabels()] == ["conv", "hidden", "head"]
     for figure in figures.values():
         figure.canvas.draw()
+
+
+def test_long_names_neither_overlap_nor_take_the_room_of_the_bars() -> None:
+    measured = gs.measure_activations(Net(), batches())
+    for each in measured.sites + measured.layers:
+        each["name"] = f"backbone.a_stage_with_a_long_name.and_a_branch_with_a_longer_name.{each['name']}"
+    figures = measured.figures()
+    for figure in figures.values():
+        figure.canvas.draw()
+    titles = [axes.title for axes in figures["histograms"].axes]
+    assert [title.get_text().partition("\n")[0] for title in titles] == [
+        f"backbone.a_sta…{end}" for end in ("ranch_with_a_longer_name.relu", "branch_with_a_longer_name.act")
+    ]
+    boxes = [title.get_window_extent() for title in titles]
+    assert boxes[0].x0 >= 0
+    assert boxes[0].x1 < boxes[1].x0
+    assert boxes[1].x1 <= figures["histograms"].bbox.x1
+    for name in ("zeros", "macs"):
+        axes = figures[name].axes[0].get_window_extent()
+        assert axes.width > 0.55 * figures[name].bbox.width
 
 
 def test_figures_of_nothing_are_none() -> None:

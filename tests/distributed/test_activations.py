@@ -51,6 +51,7 @@ def cases():
     for name in AGGREGATES:
         listed[f"aggregate {name}"] = lambda _, n=name: aggregated(n)
     listed["aggregate wrapped"] = aggregated_in_wrapper
+    listed["aggregate order"] = aggregated_in_another_order
     listed["aggregate refused"] = refused
     return listed
 
@@ -288,12 +289,28 @@ def test_names_are_those_of_the_model_in_its_wrapper(results):
     assert first["mask"].sum() == 2
 
 
+def aggregated_in_another_order(_):
+    net = nn.Sequential(nn.Identity(), nn.Identity())
+    made = gs.ActivationSparsifier(net, "mean", "batch_mean", "magnitude", threshold=0.5)
+    for name in ("01", "10")[dist.get_rank()]:
+        made.register_layers(name)
+        net[int(name)](torch.full((2, 3 + int(name)), float(name)))
+    made.step()
+    return [made.get_mask("0"), made.get_mask("1")]
+
+
+def test_layers_may_be_registered_in_another_order(results):
+    for masks in results["aggregate order"]:
+        assert [mask.tolist() for mask in masks] == [[[False] * 3], [[True] * 4]]
+
+
 def refused(_):
     rank = dist.get_rank()
     found = {}
-    for name in ("idle", "shape", "layers"):
+    for name in ("idle", "shape", "layers", "aggregate"):
         net = nn.Sequential(nn.Identity(), nn.Identity())
-        made = gs.ActivationSparsifier(net, "mean", "batch_mean", "magnitude", threshold=0.1)
+        aggregate = "max" if name == "aggregate" and rank else "mean"
+        made = gs.ActivationSparsifier(net, aggregate, "batch_mean", "magnitude", threshold=0.1)
         made.register_layers("0" if name != "layers" or rank == 0 else "1")
         if name != "idle" or rank == 0:
             net(torch.ones(2, 3 + rank if name == "shape" else 3))
@@ -308,6 +325,8 @@ def test_processes_refuse_together_what_does_not_fit(results):
         assert rank["idle"].startswith("OrderError: 0: nothing was aggregated since the last step in process 1")
         assert rank["shape"].startswith("ConfigurationError: 0: processes have kept inputs of other shapes")
         assert rank["layers"].startswith("ConfigurationError: processes watch other layers: ['0'], and ['1']")
+        assert rank["aggregate"].startswith("ConfigurationError: 0: processes watch it in other ways: ['Mean(")
+        assert rank["aggregate unchanged"]
         assert rank["idle unchanged"]
         assert rank["shape unchanged"]
         assert rank["layers unchanged"]

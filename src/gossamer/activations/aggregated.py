@@ -6,8 +6,10 @@ The interface is that of PyTorch's experimental `ActivationSparsifier`: code for
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -15,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gossamer.activations.functions import Aggregate, RowByRow, by_name
+from gossamer.activations.functions import FUNCTIONS, Aggregate, RowByRow, by_name, check_options, kind
 from gossamer.activations.over_ranks import over_ranks
 from gossamer.collect import recomputing
-from gossamer.errors import ConfigurationError, NonFiniteError, OrderError, StateError
+from gossamer.errors import ConfigurationError, NonFiniteError, StateError
 from gossamer.sites import SiteSelection, select_sites
 from gossamer.targets import plain_name
 
@@ -117,11 +119,11 @@ class ActivationSparsifier:
     ) -> None:
         """Begin to aggregate what enters a layer of the model; arguments that are left out are the defaults'.
 
-        A layer that is registered already begins anew.
+        A layer that is registered already begins anew, with a warning.
 
         Raises:
             ConfigurationError: The layer is not in the model, a function is missing or unknown, the mask's does not
-                take its configuration, or features without a dimension.
+                take its configuration, or features that are no numbers, or without a dimension.
         """
         name = self._name_of(layer)
         values = aggregate_fn, reduce_fn, mask_fn, features, feature_dim
@@ -141,8 +143,8 @@ class ActivationSparsifier:
         """A layer's mask, one for each feature where it has features; ones before the first `step`.
 
         Raises:
-            ConfigurationError: Neither a name nor a layer, or one that is not registered.
-            OrderError: The layer has not been called yet, so that its shape is unknown.
+            ConfigurationError: Neither a name nor a layer, one that is not registered, or one that has not been called
+                yet, so that its shape is unknown.
         """
         if name is None:
             if layer is None:
@@ -151,7 +153,9 @@ class ActivationSparsifier:
         self._group(name)
         mask = self.state[name]["mask"]
         if mask is None:
-            raise OrderError(f"{name}: has no mask yet, since the layer was not called; run a forward pass first")
+            raise ConfigurationError(
+                f"{name}: has no mask yet, since the layer was not called; run a forward pass first"
+            )
         return mask  # type: ignore[no-any-return]
 
     def _config(self, name: str, given: Mapping[str, Any], sparse_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,22 +173,29 @@ class ActivationSparsifier:
         try:
             if signature is not None:
                 signature.bind(None, **config["sparse_config"])
-        except TypeError as error:
+            if config["mask_fn"] in FUNCTIONS["mask_fn"].values():
+                check_options(**config["sparse_config"])
+        except (ConfigurationError, TypeError) as error:
             raise ConfigurationError(f"{name}: mask_fn with {config['sparse_config']}: {error}") from None
         if config["features"] is not None:
-            if not isinstance(config["feature_dim"], int):
-                raise ConfigurationError(f"{name}: features={config['features']!r} need a feature_dim; give it as well")
             try:
-                indices = [np.asarray(feature).astype(int, casting="safe") for feature in config["features"]]
+                config["feature_dim"] = index(config["feature_dim"])
+            except TypeError:
+                raise ConfigurationError(
+                    f"{name}: features={config['features']!r} need a feature_dim, an integer; got "
+                    f"{config['feature_dim']!r}"
+                ) from None
+            try:
+                config["features"] = _plain(config["features"])
             except (TypeError, ValueError):
                 raise ConfigurationError(
                     f"{name}: features={config['features']!r}; give integers, or lists of them"
                 ) from None
-            config["features"] = [index.tolist() for index in indices]
         return config
 
     def _register(self, name: str, layer: nn.Module, config: Mapping[str, Any], state: str = "aggregate") -> None:
         if name in self.data_groups:
+            warnings.warn(f"{name}: is registered already, and begins anew", stacklevel=3)
             self.unregister_layer(name)
         self.data_groups[name] = {**{key: config[key] for key in self.defaults}, "layer": layer}
         self.state[name] = {"mask": None}
@@ -203,13 +214,17 @@ class ActivationSparsifier:
             ConfigurationError, NonFiniteError: As for `update_mask`; no mask is changed.
         """
         watched = {name: group for name, group in self.data_groups.items() if group["hook_state"] == "aggregate"}
-        kept = over_ranks({name: _listed(group.get("data")) for name, group in watched.items()})
+        kinds = {
+            name: [*(kind(group[key]) for key in _ARGUMENTS[:3]), group["features"], group["feature_dim"]]
+            for name, group in watched.items()
+        }
+        kept = over_ranks({name: _listed(group.get("data")) for name, group in watched.items()}, kinds)
         masks = {}
         for name, group in watched.items():
             aggregate = _as_aggregate(group["aggregate_fn"])
-            joined = [_named(name, reduce, aggregate.join, parts) for parts in kept[name]]
-            data = [aggregate.finish(each) for each in joined]
-            masks[name] = self._mask_of(name, _like(group["features"], data), group)
+            joined = [_call(name, "aggregate_fn", reduce, aggregate.join, parts) for parts in kept[name]]
+            data = [_call(name, "aggregate_fn", aggregate.finish, each) for each in joined]
+            masks[name] = self._mask_of(name, data, group)
         for name, mask in masks.items():
             self.state[name]["mask"] = mask
             del self.data_groups[name]["data"]
@@ -220,16 +235,26 @@ class ActivationSparsifier:
 
         Args:
             name: The layer's name.
-            data: The aggregate, a tensor; with features one for each.
-            configs: `reduce_fn`, `mask_fn`, `features`, `feature_dim` and `sparse_config`.
+            data: The aggregate, a tensor; with features a list of one for each.
+            configs: `reduce_fn`, `mask_fn` and `sparse_config`, in the place of the layer's; others are the layer's.
 
         Raises:
-            ConfigurationError: No layer is registered by this name, or a function returns something else than a tensor,
-                or a mask that does not broadcast over the layer's inputs.
+            ConfigurationError: No layer is registered by this name, the data are not of its features, or a function
+                raises, returns something else than a tensor, or a mask that does not broadcast over the layer's inputs.
             NonFiniteError: A function returns NaN.
         """
-        self._group(name)
-        self.state[name]["mask"] = self._mask_of(name, data, configs)
+        group, parts = self._group(name), _listed(data)
+        count = 1 if group["features"] is None else len(group["features"])
+        if len(parts) != count or not all(isinstance(part, Tensor) for part in parts):
+            expected = "a tensor" if group["features"] is None else f"a list of {count} tensors, one for each feature"
+            raise ConfigurationError(
+                f"{name}: data: expected {expected}, got {', '.join(type(part).__name__ for part in parts) or None}"
+            )
+        if not isinstance(configs, Mapping) or not isinstance(configs.get("sparse_config", {}), Mapping):
+            raise ConfigurationError(
+                f"{name}: configs: expected a dict of functions, and sparse_config as a dict; got {configs!r}"
+            )
+        self.state[name]["mask"] = self._mask_of(name, parts, {**group, **configs, "features": group["features"]})
 
     def squash_mask(self, attach_sparsify_hook: bool = True, **kwargs: Any) -> None:
         """Stop aggregating, and from now on multiply what enters the layers by their masks.
@@ -239,7 +264,7 @@ class ActivationSparsifier:
             kwargs: Nothing; for code written for PyTorch's class.
 
         Raises:
-            OrderError: A layer has no mask.
+            ConfigurationError: A layer has no mask.
         """
         if attach_sparsify_hook:
             for name in self.data_groups:
@@ -247,12 +272,12 @@ class ActivationSparsifier:
         for name in self.data_groups:
             self._hook(name, "sparsify" if attach_sparsify_hook else "None")
 
-    def _mask_of(self, name: str, data: Any, configs: Mapping[str, Any]) -> Tensor | list[Tensor]:
+    def _mask_of(self, name: str, data: list[Tensor], configs: Mapping[str, Any]) -> Tensor | list[Tensor]:
         masks = []
-        for part in _listed(data):
-            value = part
+        for part in data:
+            value = part.clone()  # functions may write into what they get
             for key, options in (("reduce_fn", {}), ("mask_fn", configs["sparse_config"])):
-                value = _named(name, configs[key], value, **options)
+                value = _call(name, key, configs[key], value, **options)
                 if not isinstance(value, Tensor):
                     raise ConfigurationError(f"{name}: {key} returned {type(value).__name__}, expected a tensor")
                 if value.isnan().any():
@@ -284,7 +309,7 @@ class ActivationSparsifier:
         x = x.detach()
         parts = [x] if features is None else [x.index_select(*each) for each in self._indices(name, x)]
         if before is None:
-            data = [aggregate.start(part) for part in parts]
+            data = [_call(name, "aggregate_fn", aggregate.start, part) for part in parts]
         else:
             data = [self._updated(name, *pair, aggregate) for pair in zip(_listed(before), parts, strict=True)]
         group["data"] = _like(features, data)
@@ -297,14 +322,14 @@ class ActivationSparsifier:
                 f"{name}: inputs have shape {tuple(x.shape)}, and earlier ones (…, {str(tuple(before.shape[1:]))[1:]}; "
                 "only batches of other sizes can be aggregated"
             )
-        return _named(name, aggregate.update, before, x)  # type: ignore[no-any-return]
+        return _call(name, "aggregate_fn", aggregate.update, before, x)  # type: ignore[no-any-return]
 
     def _sparsify(self, name: str, x: Tensor) -> Tensor:
         group, mask = self.data_groups[name], self.state[name]["mask"]
         if group["features"] is None:
             return _masked(name, x, mask)
-        for (dim, index), part in zip(self._indices(name, x), mask, strict=True):
-            x = x.index_copy(dim, index, _masked(name, x.index_select(dim, index), part))
+        for (dim, places), part in zip(self._indices(name, x), mask, strict=True):
+            x = x.index_copy(dim, places, _masked(name, x.index_select(dim, places), part))
         return x
 
     def _indices(self, name: str, x: Tensor) -> list[tuple[int, Tensor]]:
@@ -315,11 +340,11 @@ class ActivationSparsifier:
             raise ConfigurationError(f"{name}: feature_dim={dim}, but inputs have shape {tuple(x.shape)}")
         found = [[feature] if isinstance(feature, int) else feature for feature in features]
         size = x.shape[dim]
-        if wrong := next((index for index in found if not all(0 <= each < size for each in index)), None):
+        if wrong := next((indices for indices in found if not all(0 <= each < size for each in indices)), None):
             raise ConfigurationError(
                 f"{name}: feature {wrong} is out of range; inputs have {size} along dimension {dim}"
             )
-        return [(dim, torch.tensor(index, dtype=torch.int64, device=x.device)) for index in found]
+        return [(dim, torch.tensor(each, dtype=torch.int64, device=x.device)) for each in found]
 
     # -- names ---------------------------------------------------------------------------------------------------------
 
@@ -350,24 +375,32 @@ class ActivationSparsifier:
         """Masks, aggregates and whether each layer is watched or masked, as tensors and plain values.
 
         Functions and their configurations are code, and are not saved: what is still watched has to be registered
-        before loading. Masks alone need no function.
+        before loading. Of `aggregate_fn` the name is saved, and arguments of a ready-made one, since what is kept of
+        inputs means nothing to another. Masks alone need no function.
         """
         keys = ("hook_state", "features", "feature_dim", "data")
         return {
             "state": {name: {"mask": each["mask"]} for name, each in self.state.items()},
-            "data_groups": {name: {key: each.get(key) for key in keys} for name, each in self.data_groups.items()},
+            "data_groups": {
+                name: {key: each.get(key) for key in keys} | {"aggregate_fn": kind(each["aggregate_fn"])}
+                for name, each in self.data_groups.items()
+            },
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
-        """Restore what `state_dict` gave, here or in PyTorch's class; layers that are not registered get the defaults.
+        """Restore what `state_dict` gave, here or in PyTorch's class.
+
+        Layers that are not registered are, with the functions in a state of PyTorch's class, else the defaults.
 
         Args:
             state_dict: The state.
-            strict: Whether the layers must be the same.
+            strict: Whether the state must have all layers that are registered, and the model all layers of the state.
+                Otherwise the former stay as they are, and the latter are left out.
 
         Raises:
-            StateError: It is no such state, or of other layers or features; nothing is changed.
-            ConfigurationError: A layer is watched and not registered, and there are no default functions.
+            StateError: It is no such state, of other layers, features or another aggregate, or damaged; nothing is
+                changed.
+            ConfigurationError: A layer is watched and not registered, and there are no functions.
         """
         groups = state_dict.get("data_groups") if isinstance(state_dict, Mapping) else None
         masks = state_dict.get("state") if isinstance(state_dict, Mapping) else None
@@ -381,11 +414,13 @@ class ActivationSparsifier:
         found = []
         for name, group in groups.items():
             if name not in modules:
-                raise StateError(
-                    f"{name}: the state is of this layer, and the model has none; load it into its own model"
-                )
+                if not strict:
+                    continue
+                raise StateError(f"{name}: the state is of this layer, and the model has none; load with strict=False")
             found.append((name, *self._read(name, group, masks[name])))
         for name, config, state, mask, data in found:
+            if name in self.data_groups:
+                self.unregister_layer(name)
             self._register(name, modules[name], config, state)
             self.state[name]["mask"] = mask
             if data is not None:
@@ -395,23 +430,38 @@ class ActivationSparsifier:
         """A layer's configuration, hook state, mask and data, from its saved state; raises where it is damaged."""
         try:
             state, features, dim = group["hook_state"], group["features"], group["feature_dim"]
+            features = features if features is None else _plain(features)
             mask, data = (self._copied(each) for each in (saved["mask"], group.get("data")))
             sizes = {len(_listed(each)) for each in (mask, data)} - {0}
             damaged = sizes - {1 if features is None else len(features)} or state not in _STATES
             damaged = damaged or (state == "sparsify" and mask is None)
-        except (AttributeError, KeyError, TypeError):
+            damaged = damaged or any(part.isnan().any() for part in _listed(mask))
+        except (AttributeError, KeyError, TypeError, ValueError):
             damaged = True
         if damaged:
             raise StateError(f"{name}: the saved state is damaged")
         if (config := self.data_groups.get(name)) is None:
-            config = self.defaults | {"features": features, "feature_dim": dim}
+            code = {key: group[key] for key in _ARGUMENTS[:3] if callable(group.get(key))}  # of PyTorch's class
+            given = {**code, "features": features, "feature_dim": dim}
+            config = self.defaults | given
             if state == "aggregate":
-                config = self._config(name, config, {})
+                config = self._config(name, given, group.get("sparse_config", {}))
         elif (config["features"], config["feature_dim"]) != (features, dim):
             raise StateError(
                 f"{name}: the state has features={features}, feature_dim={dim}, and the layer is registered with "
                 f"{config['features']}, {config['feature_dim']}; register it as it was saved"
             )
+        if data is not None and config["aggregate_fn"] is not None:
+            known = group.get("aggregate_fn")
+            known, here = kind(known) if callable(known) else known, kind(config["aggregate_fn"])
+            if known not in (None, here):
+                raise StateError(
+                    f"{name}: the state has an aggregate of {known}, and aggregate_fn is {here}; register it as it was "
+                    "saved"
+                )
+            rows = _as_aggregate(config["aggregate_fn"]).rows
+            if any(not part.dim() or rows not in (None, len(part)) for part in _listed(data)):
+                raise StateError(f"{name}: the saved aggregate is damaged")
         return config, state, mask, data
 
     def _copied(self, saved: Any) -> Any:
@@ -460,12 +510,14 @@ def _as_aggregate(function: Any) -> Aggregate:
     return function if isinstance(function, Aggregate) else RowByRow(function)
 
 
-def _named(name: str, function: Callable[..., Any], *values: Any, **options: Any) -> Any:
-    """Call a function; what it refuses is told with the layer's name."""
+def _call(name: str, key: str, function: Callable[..., Any], *values: Any, **options: Any) -> Any:
+    """Call what a layer has as `key`; what it raises is told with the layer's name."""
     try:
         return function(*values, **options)
     except ConfigurationError as error:
         raise ConfigurationError(f"{name}: {error}") from None
+    except Exception as error:
+        raise ConfigurationError(f"{name}: {key} raised {type(error).__name__}: {error}") from error
 
 
 def _broadcasts(mask: Tensor, x: Tensor) -> bool:
@@ -484,6 +536,14 @@ def _masked(name: str, x: Tensor, mask: Tensor) -> Tensor:
     mask = mask.to(x.device)
     kept = x if mask.dtype == torch.bool else x * mask.to(x.dtype)
     return torch.where(mask != 0, kept, torch.zeros_like(kept))
+
+
+def _plain(features: Any) -> list[Any]:
+    """Features as numbers and lists of them; raises TypeError or ValueError where they are anything else."""
+    indices = [np.asarray(feature).astype(int, casting="safe") for feature in features]
+    if not indices or any(each.ndim > 1 for each in indices):
+        raise ValueError
+    return [each.tolist() for each in indices]
 
 
 def _listed(value: Any) -> list[Any]:

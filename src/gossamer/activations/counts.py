@@ -24,6 +24,8 @@ _BINS = 1024
 _FINITE = 1020
 """The first bin of infinity and NaN."""
 
+_MOST = torch.finfo(torch.float32).max
+
 _CHUNK = 1 << 18
 """Elements that are counted at a time on the CPU: few enough to stay in the cache."""
 
@@ -69,6 +71,8 @@ class SiteCounter:
                 self._of_channels = self._of_channels + nonzero.sum(0)
             self._add_samples(nonzero.sum(1), part[0].numel())
             self._l1 = self._l1 + part.abs().nan_to_num_(0, 0, 0).sum(dtype=torch.float64)
+            if part.dtype == torch.float64:  # what is finite stays so
+                part = torch.where(part.isinf(), part, part.clamp(-_MOST, _MOST))
             bits = part.float().flatten().add(0.0).view(torch.int32)  # without negative zeros
             self._bins = self._bins + _count(bits.bitwise_right_shift(21).add_(_BINS), 2 * _BINS)
             self.elements += part.numel()
@@ -140,7 +144,12 @@ def thresholds(module: nn.Module) -> list[float]:
 def _count(index: Tensor, bins: int) -> Tensor:
     """How often each number from 0 to `bins − 1` occurs, int64 `(bins,)`."""
     if index.device.type == "cpu":
-        return torch.bincount(index, minlength=bins)  # elsewhere it would wait for the device
+        return torch.bincount(index, minlength=bins)
+    return _scattered(index, bins)
+
+
+def _scattered(index: Tensor, bins: int) -> Tensor:
+    """`_count` without waiting for the device."""
     ones = torch.ones((), dtype=torch.int64, device=index.device).expand(len(index))
     return torch.zeros(bins, dtype=torch.int64, device=index.device).scatter_add_(0, index.long(), ones)
 
@@ -153,5 +162,5 @@ def _histogram(negative: list[int], positive: list[int], zeros: int) -> dict[str
         return {"edges": [], "negative": [], "positive": []}
     inside = slice(filled[0], filled[-1] + 1)
     bits = torch.arange(inside.start, inside.stop + 1, dtype=torch.int32) << 21
-    edges = bits.view(torch.float32).clamp(max=torch.finfo(torch.float32).max).tolist()
+    edges = bits.view(torch.float32).clamp(max=_MOST).tolist()
     return {"edges": edges, "negative": negative[inside], "positive": positive[inside]}

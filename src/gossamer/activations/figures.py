@@ -14,17 +14,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COLUMNS = 3
+_LONGEST = 44
+"""Characters of a name, which are about as wide as a histogram."""
+
 _DARK, _LIGHT, _MARK = "tab:blue", "lightsteelblue", "tab:red"
 
 
 def histograms(sites: Sequence[Mapping[str, Any]]) -> Figure:
-    """Magnitudes of what each site gives, an axis a site, with its thresholds as lines, or from the least to the most.
+    """Magnitudes of what each site gives, an axis a site, with its threshold as a line, or the range of several.
 
     Heights are the fraction of all elements in an octave of magnitude, since bins are not of equal width.
     """
     shown = [row for row in sites if row["elements"]]
     rows = -(-len(shown) // _COLUMNS)
-    figure = _figure(4 * min(_COLUMNS, len(shown)), 2.6 * rows)
+    figure = _figure(4 * min(_COLUMNS, len(shown)), 2.8 * rows)
     for place, row in enumerate(shown, 1):
         _draw_histogram(figure.add_subplot(rows, min(_COLUMNS, len(shown)), place), row)
     return figure
@@ -33,7 +36,7 @@ def histograms(sites: Sequence[Mapping[str, Any]]) -> Figure:
 def zero_fractions(sites: Sequence[Mapping[str, Any]]) -> Figure:
     """The fraction of zeros of each site, of its channels and over samples."""
     shown = [row for row in sites if row["elements"]]
-    figure = _figure(8, 1.2 + 0.28 * len(shown))
+    figure = _rows_figure(shown)
     axes = figure.add_subplot()
     places = range(len(shown))
     axes.barh(places, [row["sparsity"] for row in shown], color=_LIGHT, label="all")
@@ -41,11 +44,10 @@ def zero_fractions(sites: Sequence[Mapping[str, Any]]) -> Figure:
     if channels:
         axes.plot(*zip(*channels, strict=True), "|", color=_DARK, markersize=7, alpha=0.4, label="a channel")
     lows, highs = ([row["samples"][key] for row in shown] for key in ("min", "max"))
-    axes.hlines(
-        [y + 0.4 for y in places], lows, highs, color=_MARK, linewidth=2, label="from the least to the most sample"
-    )
-    axes.set_yticks(places, [row["name"] for row in shown])
+    axes.hlines([y + 0.4 for y in places], lows, highs, color=_MARK, linewidth=2, label="range over samples")
+    axes.set_yticks(places, [_short(row["name"]) for row in shown])
     axes.set_xlim(-0.01, 1.01)
+    axes.margins(y=0.02)
     axes.set_xlabel("fraction of zeros", fontsize=9)
     _finish(axes, figure)
     return figure
@@ -54,13 +56,13 @@ def zero_fractions(sites: Sequence[Mapping[str, Any]]) -> Figure:
 def saved_macs(layers: Sequence[Mapping[str, Any]]) -> Figure:
     """Multiply-accumulates of each layer, and how many of them have a zero of the input."""
     shown = [row for row in layers if row["macs"]]
-    figure = _figure(8, 1.2 + 0.28 * len(shown))
+    figure = _rows_figure(shown)
     axes = figure.add_subplot()
     places = range(len(shown))
     bars = axes.barh(places, [row["macs"] for row in shown], color=_LIGHT, label="all")
     axes.barh(places, [row["saved_macs"] for row in shown], color=_DARK, label="with a zero")
     axes.bar_label(bars, [f"{100 * row['saved']:.1f} %" for row in shown], padding=3, fontsize=8)
-    axes.set_yticks(places, [row["name"] for row in shown])
+    axes.set_yticks(places, [_short(row["name"]) for row in shown])
     axes.margins(x=0.1, y=0.02)
     axes.set_xlabel("multiply-accumulates over the data", fontsize=9)
     _finish(axes, figure)
@@ -83,7 +85,7 @@ def _draw_histogram(axes: Axes, row: Mapping[str, Any]) -> None:
         axes.axvspan(min(row["thresholds"]), max(row["thresholds"]), color=_MARK, alpha=0.2)
     elif row["thresholds"] and row["thresholds"][0]:
         axes.axvline(row["thresholds"][0], color=_MARK, linestyle="--", linewidth=1)
-    axes.set_title(f"{row['name']}: {100 * row['sparsity']:.1f} % zeros", fontsize=9)
+    axes.set_title(f"{_short(row['name'])}\n{100 * row['sparsity']:.1f} % zeros", fontsize=9)
     axes.set_xlabel("|x|", fontsize=8)
     axes.set_ylabel("of all, per octave", fontsize=8)
     axes.tick_params(labelsize=7)
@@ -98,6 +100,17 @@ def _without_tail(histogram: Mapping[str, Sequence[Any]]) -> int:
         if below > total / 1000:
             return place
     return 0
+
+
+def _short(name: str) -> str:
+    """A name without its middle where it is long; the end tells layers apart better than the beginning."""
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST // 3]}…{name[1 - _LONGEST + _LONGEST // 3 :]}"
+
+
+def _rows_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """A figure with a bar for each row, as high as they need, and with room for the names beside them."""
+    longest = max(len(_short(row["name"])) for row in rows)
+    return _figure(6 + 0.07 * longest, 1.2 + 0.28 * len(rows))
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import floor
-from typing import Any
+from math import floor, inf
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,13 @@ from gossamer.errors import ConfigurationError
 
 
 class Aggregate(ABC):
-    """What is kept of the batches that enter a layer: a tensor like them, but of any length along dimension 0."""
+    """What is kept of the batches that enter a layer: a tensor like them, but of another length along dimension 0.
+
+    Attributes:
+        rows: This length, `None` for any.
+    """
+
+    rows: ClassVar[int | None] = None
 
     @abstractmethod
     def start(self, x: Tensor) -> Tensor:
@@ -63,7 +69,8 @@ class RowByRow(Aggregate):
             ConfigurationError: The function returns something else than a tensor of this shape.
         """
         rows = min(len(one), len(other))
-        both = self.function(one[:rows], other[:rows])
+        # Copies: the function may write into them or return one, and others hold the batch that enters the layer.
+        both = self.function(one[:rows].clone(), other[:rows].clone())
         if not isinstance(both, Tensor) or both.shape != other[:rows].shape:
             found = tuple(both.shape) if isinstance(both, Tensor) else type(both).__name__
             raise ConfigurationError(
@@ -105,6 +112,7 @@ class Mean(_OfSamples):
     """
 
     decay: float = 1.0
+    rows: ClassVar[int | None] = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -139,6 +147,8 @@ class Max(_OfSamples):
     Args:
         absolute: Whether it is that of absolute values.
     """
+
+    rows: ClassVar[int | None] = 1
 
     def start(self, x: Tensor) -> Tensor:
         """See `Aggregate.start`."""
@@ -200,7 +210,12 @@ def channel_mean(x: Tensor, dim: int = 1) -> Tensor:
 
 
 def magnitude(x: Tensor, threshold: float) -> Tensor:
-    """What is larger in magnitude than a threshold passes: bool, of the shape of `x`."""
+    """What is larger in magnitude than a threshold passes: bool, of the shape of `x`.
+
+    Raises:
+        ConfigurationError: A threshold that is no number from 0 on.
+    """
+    check_options(threshold=threshold)
     return x.abs() > threshold
 
 
@@ -218,7 +233,7 @@ def top_fraction(x: Tensor, fraction: float, dim: int | None = None) -> Tensor:
     Raises:
         ConfigurationError: A fraction out of range, or so small that nothing passes.
     """
-    check_number("fraction", fraction, 0, 1)
+    check_options(fraction=fraction)
     rows = _rows(x.abs(), dim)
     size = rows.shape[1]
     count = floor(fraction * size + 1e-9)
@@ -241,9 +256,19 @@ def quantile(x: Tensor, q: float, dim: int | None = None) -> Tensor:
     Raises:
         ConfigurationError: A quantile out of range.
     """
-    check_number("q", q, 0, 1)
+    check_options(q=q)
     rows = _rows(x.abs(), dim)
     return _unrows(rows >= _quantile(rows, q, 1), x, dim)
+
+
+def check_options(**options: Any) -> None:
+    """Raise a ConfigurationError unless options of the ready-made masks are in their ranges."""
+    for name, value in options.items():
+        if name in _LARGEST:
+            check_number(name, value, 0, _LARGEST[name])
+
+
+_LARGEST = {"threshold": inf, "fraction": 1, "q": 1}
 
 
 def _rows(x: Tensor, dim: int | None) -> Tensor:
@@ -265,8 +290,9 @@ def _quantile(x: Tensor, q: float, dim: int) -> Tensor:
     ordered = (x if x.dtype == torch.float64 else x.float()).sort(dim).values
     place = q * (x.shape[dim] - 1)
     low = floor(place)
-    first = ordered.narrow(dim, low, 1)
-    return first if low == place else torch.lerp(first, ordered.narrow(dim, low + 1, 1), place - low)
+    first, last = ordered.narrow(dim, low, 1), ordered.narrow(dim, -1, 1)
+    between = first if low == place else torch.lerp(first, ordered.narrow(dim, low + 1, 1), place - low)
+    return torch.where(last.isnan(), last, between)  # which NaN is sorted to
 
 
 # -- names -------------------------------------------------------------------------------------------------------------
@@ -294,3 +320,11 @@ def by_name(argument: str, given: object) -> Any:
         f"{argument} is {given!r}; give a function or one of {', '.join(map(repr, known))}, here or as a default"
         + closest(str(given), known)
     )
+
+
+def kind(function: Any) -> str:
+    """A function's name, with its arguments where it is a ready-made aggregate; the same in every process."""
+    if isinstance(function, _OfSamples):
+        return repr(function)
+    function = function.function if isinstance(function, RowByRow) else function
+    return str(getattr(function, "__qualname__", type(function).__qualname__))

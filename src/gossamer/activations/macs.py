@@ -30,7 +30,8 @@ class MacCounter:
         calls: How often it was called.
         elements: Elements of its inputs.
         macs: Multiply-accumulates on them.
-        padding: Those with padded zeros, or cropped; with `macs` they are what counters of operations report.
+        padding: Those with padded zeros, or cropped; with `macs` they are what counters of operations report of this
+            layer.
     """
 
     def __init__(self, layer: nn.Module) -> None:

@@ -9,8 +9,10 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
 
 from gossamer.activations.counts import THRESHOLDS, SiteCounter
 from gossamer.activations.lossy import CHILD
@@ -25,7 +27,10 @@ from gossamer.sites import Kind, Site, SiteSelection, called_modules, select_sit
 
 _PROBABILITIES = ("MultiheadAttention", "Softmax", "Softmax2d", "Softmin", "LogSoftmax")
 _FUNCTIONS = [name for name in nn.modules.activation.__all__ if name not in _PROBABILITIES]
-_POSITIONS = (SparseActivation, SparseBatchNorm, SparseSyncBatchNorm)
+_READERS = (SparseBatchNorm, SparseSyncBatchNorm)
+_POSITIONS = (SparseActivation, *_READERS)
+_NO_PRODUCTS = (nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.EmbeddingBag)
+"""Layers whose weights multiply element by element, or are looked up."""
 
 SITES = Kind(
     (*(getattr(nn, name) for name in _FUNCTIONS), KWinners, *THRESHOLDS, *_POSITIONS),
@@ -59,9 +64,9 @@ def measure_activations(
 
     Args:
         model: The model, attached, finalized or plain.
-        loader: Batches, moved to the model's device. Of a tuple or a list the first item is what the model is given, a
-            batch of another type is given as it is; the model is given the items of a tuple or list as arguments, and
-            those of a dict by name.
+        loader: Batches, moved to the model's device: a `torch.utils.data.DataLoader`, or `[(x,)]` of one batch. Of
+            a tuple or a list the first item is what the model is given, a batch of another type is given as it is; the
+            model is given the items of a tuple or list as arguments, and those of a dict by name.
         sites: Whose outputs are measured; see `gossamer.sites.select_sites`. By default, and chosen among by globs,
             activation functions (modules of `torch.nn`, without softmax), thresholds and masks of positions.
         hard: Whether learned thresholds are hard while measuring, as `Sparsity.finalize` would make them. The outputs
@@ -70,11 +75,13 @@ def measure_activations(
 
     Raises:
         ConfigurationError: A selection that matches nothing; a site that was chosen and not called, or that gives
-            anything but a tensor of floating point; a loader without batches.
+            anything but a tensor of floating point; nested tensors; a loader without batches, or that is no iterable
+            of them: a tensor or a data set, of which samples would be taken for batches.
     """
     if not isinstance(model, nn.Module):
         raise ConfigurationError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     check_boolean("hard", hard)
+    _check_loader(loader)
     called = called_modules(model)
     chosen = _default_sites(called) if sites is None else select_sites(model, sites, logits=True, default=SITES)
     counters = {site.name: SiteCounter(site.module) for site in chosen}
@@ -99,13 +106,17 @@ def measure_activations(
             batches += 1
     if not batches:
         raise ConfigurationError("loader: gave no batch; give one that has data left")
-    if sites is not None and (idle := [name for name, counter in counters.items() if not counter.calls]):
+    if sites is None:  # a mask that batch norms read is not called
+        read = [module.activation for module in called.values() if isinstance(module, _READERS)]
+        counters = {name: each for name, each in counters.items() if each.calls or each.module not in read}
+    elif idle := [name for name, counter in counters.items() if not counter.calls]:
         raise ConfigurationError(
             f"{idle[0]}: was not called in any forward pass, so that there is nothing to measure; leave it out with "
             f"sites=['!{idle[0]}', ...]" + (f" (and {len(idle) - 1} others)" if idle[1:] else "")
         )
     site_rows = [_identity(name, called[name], counter.calls) | counter.row() for name, counter in counters.items()]
     layer_rows = [_identity(name, called[name], counter.calls) | counter.row() for name, counter in layers.items()]
+    uncounted = [{"name": name, "type": type(each).__name__} for name, each in called.items() if _is_uncounted(each)]
     smoothed = 0 if hard else sum(isinstance(module, LossySparsifier) for module in called.values())
     totals: dict[str, Any] = {"batches": batches, "hard": hard, "smoothed_thresholds": smoothed}
     totals |= {key: sum(row[key] for row in site_rows) for key in ("elements", "zeros")}
@@ -114,6 +125,7 @@ def measure_activations(
     totals["input_sparsity"] = fraction(totals["input_zeros"], totals["input_elements"])
     totals |= {key: sum(row[key] for row in layer_rows) for key in ("macs", "saved_macs", "padding_macs")}
     totals["saved"] = fraction(totals["saved_macs"], totals["macs"])
+    totals["uncounted"] = uncounted
     return ActivationMeasurements(site_rows, layer_rows, totals)
 
 
@@ -127,13 +139,29 @@ def _default_sites(called: Mapping[str, nn.Module]) -> list[Site]:
 
 
 def _identity(name: str, module: nn.Module, calls: int) -> dict[str, Any]:
-    return {"name": name, "type": type(module).__name__, "calls": calls, "never_called": not calls}
+    return {"name": name, "type": type(module).__name__, "calls": calls}
+
+
+def _is_uncounted(module: nn.Module) -> bool:
+    """Whether a module multiplies activations with matrices of its own that are not counted, as far as can be seen."""
+    matrices = any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
+    alone = not any(module.children()) or isinstance(module, nn.MultiheadAttention)
+    return matrices and alone and not isinstance(module, LAYERS + _NO_PRODUCTS)
 
 
 # -- running the model -------------------------------------------------------------------------------------------------
 
 
+def _check_loader(loader: object) -> None:
+    dataset = isinstance(loader, Dataset) and not isinstance(loader, IterableDataset)
+    if dataset or isinstance(loader, Tensor | np.ndarray | str | bytes | Mapping) or not isinstance(loader, Iterable):
+        remedy = "torch.utils.data.DataLoader(dataset, 64)" if dataset else "a DataLoader, or [(x,)] of one batch x"
+        raise ConfigurationError(f"loader: expected batches, got {type(loader).__name__}; give {remedy}")
+
+
 def _forward(model: nn.Module, batch: Any) -> Any:
+    if batch is None or (isinstance(batch, tuple | list) and not batch):
+        raise ConfigurationError(f"loader: gave {batch!r} as a batch, in which there is nothing to give the model")
     inputs = batch[0] if isinstance(batch, tuple | list) else batch
     if isinstance(inputs, Mapping):
         return model(**inputs)
@@ -171,13 +199,15 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _gates(called: Mapping[str, nn.Module], hard: bool) -> Iterator[None]:
     """Learned thresholds that compute their values and nothing else, hard ones if asked."""
     replaced = [(name, module) for name, module in called.items() if isinstance(module, LossySparsifier)]
+    before = [{key: module.__dict__[key] for key in ("forward",) if key in module.__dict__} for _, module in replaced]
     try:
         for name, module in replaced:
             module.forward = partial(_gate, name, module, hard)  # type: ignore[method-assign]
         yield
     finally:
-        for _, module in replaced:
-            module.__dict__.pop("forward", None)
+        for (_, module), own in zip(replaced, before, strict=True):
+            del module.forward
+            module.__dict__.update(own)
 
 
 def _gate(name: str, module: LossySparsifier, hard: bool, x: Tensor) -> Tensor:
@@ -204,7 +234,7 @@ def _hooks(
                 # First of all, so that a threshold before or after a layer counts along the layer's channels.
                 stack.callback(module.register_forward_pre_hook(channels.enter, prepend=True).remove)
         for name, macs in layers.items():
-            hook = partial(_count_macs, macs)
+            hook = partial(_count_macs, name, macs)
             stack.callback(called[name].register_forward_hook(hook, with_kwargs=True).remove)
         for name, site in sites.items():
             hook = partial(_count_site, name, site, channels)
@@ -231,13 +261,23 @@ def _count_site(
             f"{name}: gives {what}, and only tensors of floating point are measured; leave it out with "
             f"sites=['!{name}', ...], or name modules within it"
         )
+    _refuse_nested(name, output)
     per_channel = isinstance(module, THRESHOLDS) and len(module.eps) > 1
     counter.add(output, int(module.dim) if per_channel else channels.dim)  # type: ignore[arg-type]
 
 
 def _count_macs(
-    counter: MacCounter, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    name: str, counter: MacCounter, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> None:
     names = ("input1", "input2") if isinstance(module, nn.Bilinear) else ("input",)
     inputs = tuple(args[i] if i < len(args) else kwargs[key] for i, key in enumerate(names))
+    _refuse_nested(name, *inputs)
     counter.add(inputs, output)
+
+
+def _refuse_nested(name: str, *tensors: Tensor) -> None:
+    if any(x.is_nested for x in tensors):
+        raise ConfigurationError(
+            f"{name}: got nested tensors, which are not measured; a torch.nn.TransformerEncoder makes none where it is "
+            "built with enable_nested_tensor=False, or has its attribute use_nested_tensor set to False"
+        )
