@@ -537,7 +537,13 @@ def test_attaching_twice_is_an_error() -> None:
 
 
 def test_sites_that_cannot_work_are_named_when_they_are_called() -> None:
-    run = Run(gs.LossyThreshold(0.5), net=Branches())
+    for sites in (None, "idle"):
+        run = Run(gs.LossyThreshold(0.5, sites=sites), net=Branches()).train(range(10))
+        before = everything(run.net)
+        with pytest.raises(gs.ConfigurationError, match="idle: has not run in a forward pass for training"):
+            run.train(range(1))
+        assert all(run.net.state_dict()[key].equal(value) for key, value in before.items())
+    run = Run(gs.LossyThreshold(0.5), net=Branches()).train(range(10))
     with pytest.raises(gs.ConfigurationError, match="idle: has not run in a forward pass for training"):
         run.train(range(1))
     net = nn.Sequential(nn.LSTM(3, 3), nn.Identity())

@@ -23,6 +23,9 @@ from gossamer.targets import matches, plain_name, whole
 MOST = 1e30
 """Below this thresholds, sharpness and learning rates have to be."""
 
+PATIENCE = 10
+"""Steps after which a site that has not run is an error: a branch that is not always taken has had its turn."""
+
 CHILD = "sparsifier"
 """The name of the module that is put into each site."""
 
@@ -136,6 +139,7 @@ class LossyThreshold(Method):
             raise ConfigurationError(f"strength: {idle[0]!r} matches no site; the first is {self.placed[0].name}")
         self._told = self.sharpness
         self._model = model
+        self._steps = 0  # since it was attached, or its state was loaded
 
     def occupies(self) -> list[str]:
         """See `Method.occupies`: the sites."""
@@ -163,7 +167,7 @@ class LossyThreshold(Method):
             UserWarning: A site ran without gradients alone, as under `checkpoint(use_reentrant=True)`.
 
         Raises:
-            ConfigurationError: A site has not run in any forward pass so far.
+            ConfigurationError: A site has not run in any forward pass of the first `PATIENCE` steps.
         """
         terms, count = [], 0
         sparsifiers = self._sparsifiers()
@@ -174,18 +178,18 @@ class LossyThreshold(Method):
         missed = [site.name for site, each in zip(self.placed, sparsifiers, strict=True) if each.missed()]
         if missed:
             warn_missed(missed)
-        if not terms:
-            return None
-        if idle := [site.name for site, each in zip(self.placed, sparsifiers, strict=True) if not each.has_run]:
+        idle = [site.name for site, each in zip(self.placed, sparsifiers, strict=True) if not each.has_run]
+        if idle and self._steps >= PATIENCE:
             raise ConfigurationError(
                 f"{idle[0]}: has not run in a forward pass for training, so that nothing is learned there; leave it "
                 f"out with sites=['!{idle[0]}']" + (f" (and {len(idle) - 1} others)" if idle[1:] else "")
             )
-        return torch.stack(terms).sum() / (count if self.normalized else 1)
+        return torch.stack(terms).sum() / (count if self.normalized else 1) if terms else None
 
     def after_step(self, step: int) -> Proposal | None:
         """See `Method.after_step`: forgets the passes so far, and sharpens the thresholds."""
         sharpness = self._sharpness(step)
+        self._steps += 1
         for sparsifier in self._sparsifiers():
             sparsifier.collected.forget()
             if sharpness != self._told:
