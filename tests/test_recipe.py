@@ -413,6 +413,29 @@ def test_steps_of_a_list_are_parts_of_training_too():
         parse_recipe("t", TEXT, ["methods=[{type: lossy_threshold, double_at: [5 days]}]"]).build_methods(100, 10, 0)
 
 
+@pytest.mark.parametrize("b", [".05", "5E-2", "0.05"])
+def test_the_smoothing_of_l0_is_any_number(b):
+    assert as_penalty(f"l0:{b}") == L0(0.05)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ("norm: 'l0:0'", r"norm: got 'l0:0'; after 'l0:' comes its b"),
+        ("norm: 'l0:x'", r"norm: got 'l0:x'"),
+        ("norm: l3", r"norm: got 'l3'; allowed are 'l0', 'l1'"),
+        ("double_at: 3", r"double_at: expected a list of numbers of steps, got 3"),
+        ("sharpness: null", r"sharpness: expected a number in .* got None"),
+        ("strength: {1: 2}", r"strength: expected globs over names of sites, got 1"),
+        ("eps: 1.0e+39", r"eps: expected a number in .* got 1e\+39"),
+        ("until: 5 days, final_sharpness: 2", r"until: got '5 days'"),
+    ],
+)
+def test_wrong_arguments_of_thresholds_are_named(arguments, named):
+    with pytest.raises(ConfigurationError, match=named):
+        parse_recipe("t", TEXT, [f"methods=[{{type: lossy_threshold, {arguments}}}]"]).build_methods(100, 10, 0)
+
+
 def test_seeds_can_be_replaced_by_valid_ones_only():
     recipe = parse()
     assert recipe.with_seeds([4, 2]).seeds == [4, 2]

@@ -6,7 +6,6 @@ while the tensor is being made, a part at a time. `TERMS` says what is summed.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -140,8 +139,11 @@ def as_penalty(penalty: str | Penalty, name: str = "penalty") -> Penalty:
     """
     if isinstance(penalty, Penalty):
         return penalty
-    if isinstance(penalty, str) and (smoothing := re.fullmatch(r"l0:(\d+\.?\d*(?:e-?\d+)?)", penalty)):
-        return L0(float(smoothing[1]))
+    if isinstance(penalty, str) and penalty.startswith("l0:"):
+        try:
+            return L0(float(penalty.removeprefix("l0:")))
+        except (ConfigurationError, ValueError) as error:
+            raise ConfigurationError(f"{name}: got {penalty!r}; after 'l0:' comes its b ({error})") from None
     if not isinstance(penalty, str) or penalty not in PENALTIES:
         raise ConfigurationError(
             f"{name}: got {penalty!r}; allowed are {', '.join(map(repr, PENALTIES))}, 'l0:B' with its b, or a "
