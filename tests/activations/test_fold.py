@@ -37,9 +37,9 @@ class Residual(nn.Module):
 class Moody(nn.Module):
     """What takes the output depends on the mode, or on values, which no graph shows."""
 
-    def __init__(self, by_value):
+    def __init__(self, by_value, mode=True):
         super().__init__()
-        self.by_value = by_value
+        self.by_value, self.mode = by_value, mode
         self.one, self.relu, self.last = nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)
 
     def forward(self, x):
@@ -47,7 +47,7 @@ class Moody(nn.Module):
         z = self.relu(y)
         if self.by_value:
             return self.last(z) if z.sum() > 0 else self.last(y)
-        return self.last(z + y if self.training else z)
+        return self.last(z + y if self.training == self.mode else z)
 
 
 def hardened(net):
@@ -103,16 +103,19 @@ def test_a_relu_that_is_a_site_becomes_one_with_its_threshold():
     assert net(x).equal(expected)
 
 
-@pytest.mark.parametrize("build", [Residual, lambda: Moody(False), lambda: Moody(True)])
+@pytest.mark.parametrize(
+    "build", [Residual, lambda: Moody(False), lambda: Moody(False, mode=False), lambda: Moody(True)]
+)
 def test_nothing_is_folded_that_others_see_too(build):
     torch.manual_seed(0)
     net = build()
     sparsity = prepare(net, eps=0.2)
     x = torch.randn(7, 3, 8, 8) if isinstance(net, Residual) else torch.randn(7, 4)
-    expected = hardened(net)(x)
+    hard = hardened(net)
     sparsity.finalize()
     assert not any(isinstance(module, FATReLU) for module in net.modules())
-    assert net(x).equal(expected)
+    for training in (True, False):
+        assert net.train(training)(x).equal(hard.train(training)(x))
     assert {row["folded_into"] for row in sparsity.summary().learned} == {None}
 
 
@@ -261,6 +264,29 @@ def test_finalized_networks_can_be_traced_and_a_second_method_folds_too():
     assert [type(net[place]) for place in (1, 3)] == [FATReLU, FATReLU]
     assert net(x).equal(expected)
     assert torch.fx.symbolic_trace(net)(x).equal(expected)
+
+
+def test_hooks_of_the_user_are_not_called_while_it_is_found_out_what_follows():
+    inner = Plain()
+    net = nn.Sequential(inner, nn.ReLU(), nn.Linear(5, 2))
+    seen = []
+    inner.register_forward_hook(lambda *_: seen.append(1))
+    prepare(net).finalize()
+    assert not seen
+    net(torch.randn(1, 3, 8, 8))
+    assert len(seen) == 1
+
+
+def test_thresholds_of_features_fold_along_the_last_dimension():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    sparsity = prepare(net, per_channel=True)
+    x = torch.randn(4, 5, 6)
+    y = nn.functional.linear(x, net[0].weight, net[0].bias)
+    expected = net[2](torch.where(y > net[0].sparsifier.eps.detach().abs(), y, 0))
+    sparsity.finalize()
+    assert type(net[1]) is FATReLU
+    assert net(x).equal(expected)
 
 
 def test_nothing_is_folded_where_that_is_not_wanted():

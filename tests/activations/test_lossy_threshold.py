@@ -381,6 +381,13 @@ def test_what_cannot_take_a_threshold_is_refused_with_a_remedy() -> None:
         gs.attach(lazy, gs.LossyThreshold(position="before", per_channel=True))
 
 
+def test_a_step_forgets_what_nobody_asked_for() -> None:
+    run = Run(gs.LossyThreshold(1.0))
+    run.net(batch(0)).sum().backward()
+    run.optimizer.step()
+    assert run.sparsity.penalty() == 0
+
+
 def test_channels_of_norms_have_thresholds_of_their_own() -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.GroupNorm(2, 4), nn.ReLU())
     sparsity = gs.attach(net, gs.LossyThreshold(sites=[nn.BatchNorm2d, nn.GroupNorm], per_channel=True))
@@ -415,10 +422,12 @@ def test_there_is_no_penalty_after_the_end(end: str) -> None:
     assert run.sparsity.penalty() == 0
 
 
-def test_detached_networks_are_as_they_were() -> None:
+@pytest.mark.parametrize("position", ["after", "before"])
+def test_detached_networks_are_as_they_were(position: str) -> None:
     net = Net()
     before, keys = net(batch(0)), list(net.state_dict())
-    gs.attach(net, gs.LossyThreshold(eps=0.5)).detach()
+    gs.attach(net, gs.LossyThreshold(eps=0.5, position=position)).detach()
+    assert not net.conv._forward_pre_hooks
     assert net(batch(0)).equal(before)
     assert list(net.state_dict()) == keys
     assert not net.conv._forward_hooks
