@@ -282,6 +282,7 @@ def products(layer: nn.Module, x: Tensor, output: Tensor) -> tuple[int, int, int
     return macs, saved, outside
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")  # of torch, once in a process
 @settings(max_examples=80)
 @given(convolutions())
 def test_products_of_convolutions_are_those_counted_one_by_one(case: tuple[nn.Module, Tensor, Tensor]) -> None:
