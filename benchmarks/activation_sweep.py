@@ -42,7 +42,7 @@ import gossamer as gs
 from gossamer import data
 from gossamer.recipe import Recipe
 from gossamer.training import train
-from jobs import complete, mean_error
+from jobs import complete, spread
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "lenet": {
@@ -229,14 +229,6 @@ def pareto(rows: list[dict[str, Any]], network: str) -> list[dict[str, Any]]:
         if not any(other != point and other[0] >= point[0] and other[1] >= point[1] for other in points)
     ]
     return [row for _, row in sorted(best, key=lambda pair: pair[0])]
-
-
-def spread(values: list[float]) -> str:
-    """Mean ± standard error, or the one value."""
-    if len(values) < 2:
-        return f"{values[0]:.2f}" if values else "–"
-    mean, error = mean_error(values)
-    return f"{mean:.2f} ± {error:.2f}"
 
 
 def label(row: dict[str, Any]) -> str:

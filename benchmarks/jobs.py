@@ -51,3 +51,11 @@ def complete(
 def mean_error(values: list[float]) -> tuple[float, float]:
     """Mean and standard error of the mean."""
     return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
+
+
+def spread(values: list[float], sign: str = "") -> str:
+    """Mean ± standard error, or the one value; a dash where there is none."""
+    if len(values) < 2:
+        return f"{values[0]:{sign}.2f}" if values else "–"
+    mean, error = mean_error(values)
+    return f"{mean:{sign}.2f} ± {error:.2f}"

@@ -27,7 +27,7 @@ from gossamer import data
 from gossamer.nn import SparseActivation
 from gossamer.recipe import Recipe
 from gossamer.training import train
-from jobs import complete, mean_error
+from jobs import complete, spread
 
 KINDS = ("structured", "static", "dynamic")
 SEEDS = {2: (1, 2, 3), 1: (1,), 3: (1,)}
@@ -120,14 +120,6 @@ def summarize(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         for (kind, quarters), runs in cells.items()
     ]
-
-
-def spread(values: list[float], sign: str = "") -> str:
-    """Mean ± standard error, or the one value."""
-    if len(values) == 1:
-        return f"{values[0]:{sign}.2f}"
-    mean, error = mean_error(values)
-    return f"{mean:{sign}.2f} ± {error:.2f}"
 
 
 def markdown(rows: list[dict[str, Any]], command: str) -> str:
