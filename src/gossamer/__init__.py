@@ -20,25 +20,29 @@ from gossamer.nn import LossyHardSparsifier, LossySparsifier
 from gossamer.prune import import_torch_masks, prune
 from gossamer.structure import ISS, NM, Block, Element
 from gossamer.summary import Summary
-from gossamer.weights import DSR, GMP, SET, RigL, Static
+from gossamer.weights import DSR, GMP, IMP, SET, STR, ContinuousSparsification, HardConcrete, RigL, Static
 
 __version__ = version("gossamer")
 
 __all__ = [
     "DSR",
     "GMP",
+    "IMP",
     "ISS",
     "NM",
     "SET",
+    "STR",
     "ActivationMeasurements",
     "ActivationSparsifier",
     "Block",
     "Change",
     "ConfigurationError",
+    "ContinuousSparsification",
     "DSModel",
     "DataError",
     "Element",
     "GossamerError",
+    "HardConcrete",
     "LossyHardSparsifier",
     "LossySparsifier",
     "LossyThreshold",

@@ -152,6 +152,8 @@ class StepHooks:
         for each in self.optimizers:
             for parameter in proposal.restarted:
                 each.state.pop(parameter, None)
+        if proposal.write is not None:
+            proposal.write()
         tensors = [change.tensor for change in proposal.changes]
         before = [tensor.active for tensor in tensors]
         counts = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gossamer.errors import StateError
@@ -117,6 +118,17 @@ def restore(methods: Sequence[Method], state: Mapping[str, Any]) -> None:
         tensor.mask.copy_(unpack_like(masks[_strip(tensor.name)], tensor))
         tensor.enforce()
     count_active(tensors)
+
+
+def check_random(name: str, saved: object, generator: torch.Generator) -> None:
+    """Raise a StateError unless this is a random state that the generator can take; `name` is the method's."""
+    now = generator.get_state()
+    if not isinstance(saved, Tensor) or saved.dtype != now.dtype or saved.shape != now.shape:
+        raise StateError(f"{name}: the saved state has no random state; it is not one of this method")
+    try:
+        torch.Generator().set_state(saved.cpu())
+    except (RuntimeError, NotImplementedError) as error:
+        raise StateError(f"{name}: the saved random state is damaged ({error}); use an earlier file") from None
 
 
 def _check_masks(method: Method, state: Mapping[str, Any], part: str = "masks") -> dict[str, Tensor]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
@@ -157,8 +158,8 @@ class LossyThreshold(Method):
         group: dict[str, Any] = {"params": [each.eps for each in self._sparsifiers()], "weight_decay": 0.0}
         return [group if self.lr is None else group | {"lr": self.lr}]
 
-    def penalty(self) -> Tensor | None:
-        """See `Method.penalty`: of the forward passes in training since the last step.
+    def loss_term(self) -> Tensor | None:
+        """See `Method.loss_term`: of the forward passes in training since the last step.
 
         It may be asked for more than once; the first pass in training after that begins anew. Passes under
         `torch.no_grad` do not count.
@@ -201,6 +202,18 @@ class LossyThreshold(Method):
         """See `Method.detach`: takes the thresholds off."""
         for site in self.placed:
             _take_off(site.module)
+
+    @contextmanager
+    def hardened(self) -> Iterator[None]:
+        """See `Method.hardened`."""
+        before = [(each, each.is_hard, each._moved) for each in self._sparsifiers()]
+        try:
+            for each, *_ in before:
+                each.is_hard = True
+            yield
+        finally:
+            for each, is_hard, moved in before:
+                each.is_hard, each._moved = is_hard, moved
 
     def finalize(self) -> None:
         """See `Method.finalize`: hard thresholds stay, as the children `sparsifier`, each a `LossyHardSparsifier`.

@@ -1,0 +1,140 @@
+"""Rounds of training, and the point in the first of them to which a model is rewound (Frankle et al., 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from gossamer.checks import check_integer
+from gossamer.errors import ConfigurationError, OrderError, StateError
+from gossamer.masks import rows_like
+from gossamer.nn.gates import Gates
+from gossamer.targets import local, plain_name
+
+
+class Rounds:
+    """Which round of training a step is in, and what the model was at the rewind point.
+
+    Args:
+        length: Optimizer steps of a round, at least 1.
+        rounds: How many rounds there are, at least 1.
+        rewind: Completed steps of the first round after which everything is kept, from 0 (before training) to
+            `length`; `None` to keep nothing.
+
+    Attributes:
+        done: Rounds that have ended.
+        kept: Parameters and buffers at the rewind point, by name; `None` before it.
+
+    Raises:
+        ConfigurationError: A value out of range.
+    """
+
+    def __init__(self, length: int, rounds: int, rewind: int | None) -> None:
+        check_integer("rounds", rounds, at_least=1)
+        check_integer("length", length, at_least=1)
+        if rewind is not None:
+            check_integer("rewind", rewind, at_least=0)
+            if rewind > length:
+                raise ConfigurationError(
+                    f"rewind: got step {rewind}, which is never reached in the first round of {length} steps; give "
+                    f"at most length={length}"
+                )
+        self.length = length
+        self.rounds = rounds
+        self.rewind = rewind
+        self.done = 0
+        self.kept: dict[str, Tensor] | None = None
+
+    def check_run(self, steps: int, remedy: str = "") -> None:
+        """Raise a ConfigurationError where a run of so many steps is over before the last round."""
+        if steps < self.rounds * self.length:
+            raise ConfigurationError(
+                f"length: {self.rounds} rounds of {self.length} steps are {self.rounds * self.length}, and the run has "
+                f"{steps}; make it longer, or the rounds shorter or fewer{remedy}"
+            )
+
+    def ended(self, step: int) -> bool:
+        """Whether a round has ended before this step, the first of the next one, and nobody took note so far."""
+        return self.done < self.rounds and step > (self.done + 1) * self.length
+
+    def into(self, step: int) -> int:
+        """Steps of the present round that are complete, where `step` are in all; at most its length."""
+        return min(max(step - self.done * self.length, 0), self.length)
+
+    def reach(self, step: int, model: nn.Module) -> None:
+        """Keep what the model is, where so many complete steps are the rewind point."""
+        if step == self.rewind and self.done == 0:
+            self.keep(model)
+
+    def keep(self, model: nn.Module) -> None:
+        """Make what the model is now the rewind point."""
+        self.kept = {name: tensor.detach().clone() for name, tensor in _everything(model)}
+
+    def restore(self, model: nn.Module) -> None:
+        """Write back what was kept, to the bit.
+
+        Raises:
+            OrderError: Nothing was kept so far.
+        """
+        kept = self._kept()
+        for name, tensor in _everything(model):
+            local(tensor).copy_(rows_like(kept[name], tensor))
+
+    def check_restore(self, model: nn.Module) -> list[nn.Parameter]:
+        """The parameters that `restore` will write.
+
+        Raises:
+            OrderError: Nothing was kept so far.
+            StateError: What was kept is of another model.
+        """
+        kept = self._kept()
+        present = dict(_everything(model))
+        for name, tensor in present.items():
+            if name not in kept or kept[name].shape != tensor.shape:
+                there = tuple(kept[name].shape) if name in kept else "nothing"
+                raise StateError(
+                    f"{name}: has shape {tuple(tensor.shape)}, and at the rewind point there was {there}; rewind the "
+                    "model that was trained, unchanged"
+                )
+        return [tensor for tensor in present.values() if isinstance(tensor, nn.Parameter)]
+
+    def _kept(self) -> dict[str, Tensor]:
+        if self.kept is None:
+            raise OrderError(
+                "rewind: the rewind point has not been reached, "
+                + ("and none was asked for" if self.rewind is None else f"it is after step {self.rewind}")
+                + "; train up to it, or keep the present state with sparsity.update('checkpoint')"
+            )
+        return self.kept
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rounds done and what was kept."""
+        return {"rounds_done": self.done, "kept": self.kept}
+
+    def check_state(self, name: str, state: Mapping[str, Any]) -> None:
+        """Raise a StateError where `load_state_dict` could not take this; `name` is the method's."""
+        done, kept = state.get("rounds_done"), state.get("kept")
+        if type(done) is not int or not 0 <= done <= self.rounds:
+            raise StateError(
+                f"{name}: the saved state has {done!r:.40} rounds done, expected 0 to rounds={self.rounds}; attach "
+                "with the rounds it was saved with, or the file is damaged"
+            )
+        if kept is not None and not (
+            isinstance(kept, Mapping) and all(isinstance(each, Tensor) for each in kept.values())
+        ):
+            raise StateError(f"{name}: the saved rewind point is {kept!r:.40}, expected tensors; the file is damaged")
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        self.done = state["rounds_done"]
+        self.kept = None if state["kept"] is None else dict(state["kept"])
+
+
+def _everything(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers of a model, by plain name, without those of learned gates."""
+    gates = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Gates))
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if not name.startswith(gates):
+            yield plain_name(name), tensor
