@@ -45,7 +45,9 @@ METHODS = [
     MethodRow("rigl-step", gs.RigL, {"every": 2, "drop_fraction": 0.5, "skip_step": False}, reads_gradients=True),
     MethodRow("dsr", gs.DSR, {"every": 2, "threshold": 0.1, "prune_fraction": 0.05}),
     MethodRow("gmp", gs.GMP, {"every": 2, "end": 8}, grows=False, keeps_count=False),
-    MethodRow("imp", gs.IMP, {"length": 3, "rounds": 2, "rewind": 1}, grows=False, keeps_count=False),
+    MethodRow(
+        "imp", gs.IMP, {"length": 3, "rounds": 2, "rewind": 1, "distribution": "erk"}, grows=False, keeps_count=False
+    ),
 ]
 
 

@@ -120,7 +120,7 @@ class ContinuousSparsification(LearnedMethod):
         self._steering = None
         if self.sparsity is not None:
             self._measured = max(1, self.length // MEASUREMENTS)
-            self._steering = Steering(self.penalty, integral=GAIN * self._measured / self.length)
+            self._steering = Steering(self.penalty, min(GAIN * self._measured / self.length, GAIN / MEASUREMENTS))
 
     def install(self) -> None:
         """See `Method.install`."""
