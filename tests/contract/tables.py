@@ -92,7 +92,7 @@ LEARNED = [
             "scaling": "code",
         },
         steps=10,
-        scatter=0.3,
+        scatter=0.1,
     ),
     LearnedRow("hard_concrete", gs.HardConcrete, {"penalty": 1e-4, "drop_rate": 0.9}, steps=8, scatter=3.0),
     LearnedRow("str", gs.STR, {"initial_value": -3.0, "penalty": 0.1, "lr": 0.1}, 8, 0.0, structures=("element",)),
