@@ -14,7 +14,7 @@ from torch import Tensor, nn, optim
 from torch.autograd import gradcheck
 
 import gossamer as gs
-from gossamer.nn.gates import HardConcreteGates, SoftThreshold, expected_count
+from gossamer.nn.gates import HardConcreteGates, SoftThreshold, chance
 
 LOW, HIGH, BETA = -0.1, 1.1, 2 / 3  # γ, ζ and β of Louizos et al., 2018, section 4.1
 
@@ -61,7 +61,7 @@ def test_the_expected_count_is_the_mean_number_of_gates_that_are_not_zero() -> N
     u = torch.rand(20_000, 11, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     s = torch.sigmoid((u.log() - (1 - u).log() + scores) / BETA)
     counted = (s * (HIGH - LOW) + LOW > 0).double().mean(0).sum()
-    assert expected_count(scores).item() == pytest.approx(counted.item(), abs=0.02)
+    assert chance(scores).sum().item() == pytest.approx(counted.item(), abs=0.02)
 
 
 def test_noise_comes_from_the_methods_own_generator_one_draw_a_step() -> None:

@@ -220,7 +220,10 @@ class Sparsity:
         with contextlib.ExitStack() as stack:
             for method in self.methods:
                 stack.enter_context(method.hardened())
-            yield
+            try:
+                yield
+            finally:
+                self._reshard()  # an evaluation left whole scores in the model, and shards are to be put back
 
     @property
     def step(self) -> int:

@@ -150,10 +150,10 @@ class HardConcreteGates(Gates):
         return (open * (high - low) + low).clamp(0.0, 1.0)
 
 
-def expected_count(scores: Tensor) -> Tensor:
-    """`Σ P(gate > 0) = Σ σ(log α - β·log(-γ/ζ))` of hard-concrete gates (Louizos et al., 2018, eq. 12); 0-dim."""
+def chance(scores: Tensor) -> Tensor:
+    """`P(gate > 0) = σ(log α - β·log(-γ/ζ))` of hard-concrete gates (Louizos et al., 2018, eq. 12); as `scores`."""
     low, high = HardConcreteGates.stretch
-    return torch.sigmoid(scores - HardConcreteGates.temperature * math.log(-low / high)).sum()
+    return torch.sigmoid(scores - HardConcreteGates.temperature * math.log(-low / high))
 
 
 class SoftThreshold(Gates):

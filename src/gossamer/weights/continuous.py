@@ -22,7 +22,7 @@ from gossamer.nn.gates import KEPT, SoftMask, soft_mask, suppress
 from gossamer.rewind import Rounds
 from gossamer.structure import as_structure
 from gossamer.targets import Target, local, whole
-from gossamer.weights.learned import LearnedMethod, gates_of, whole_sum
+from gossamer.weights.learned import LearnedMethod, gates_of
 from gossamer.weights.steering import Steering
 
 MOST = 1e6
@@ -369,7 +369,7 @@ class ContinuousSparsification(LearnedMethod):
     def _mass(self) -> Tensor:
         """`Σ σ(β·s)`, counting the weights of whole groups; 0-dim."""
         temperature = self._temperature()
-        return torch.stack([each.size * whole_sum(soft_mask(each.scores, temperature)) for each in self.scored]).sum()
+        return self._sum(lambda scores: soft_mask(scores, temperature))
 
     def _steer(self, into: int) -> None:
         """Steer the penalty, so many steps into the present round."""
@@ -382,8 +382,7 @@ class ContinuousSparsification(LearnedMethod):
 
     def _density(self) -> Tensor:
         """The fraction of weights, in whole groups, whose score is above 0; 0-dim."""
-        counts = [each.size * whole_sum((each.scores.detach() > 0).float()) for each in self.scored]
-        return torch.stack(counts).sum() / self._total()
+        return self._sum(lambda scores: (scores.detach() > 0).double()) / self._total()
 
     def _chosen(self, last: bool) -> list[Tensor]:
         """Which groups live where masks become hard now: bool, in the shape of whole scores."""

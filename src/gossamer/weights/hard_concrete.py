@@ -15,11 +15,11 @@ from gossamer.errors import ConfigurationError
 from gossamer.groups import Groups, Spread
 from gossamer.masks import rows_like
 from gossamer.method import Proposal
-from gossamer.nn.gates import HardConcreteGates, expected_count
+from gossamer.nn.gates import HardConcreteGates, chance
 from gossamer.state import check_random
 from gossamer.structure import as_structure
 from gossamer.targets import whole
-from gossamer.weights.learned import LearnedMethod, gates_of, whole_sum
+from gossamer.weights.learned import LearnedMethod, gates_of
 
 
 @dataclass(eq=False)
@@ -97,7 +97,7 @@ class HardConcrete(LearnedMethod):
         """See `Method.learned`: of every division how many gates are not 0 in evaluation, and are in expectation."""
         if not self._placed():
             return []
-        expected = [float(expected_count(whole(each.scores))) for each in self.scored]
+        expected = [float(chance(whole(each.scores)).sum()) for each in self.scored]
         return [
             {"name": each.name, "groups": each.total, "open": int(gates.sum()), "expected": count}
             for each, gates, count in zip(self.scored, self._open(), expected, strict=True)
@@ -143,7 +143,7 @@ class HardConcrete(LearnedMethod):
                     gates.get_buffer(f"noise_{i}").copy_(noise)
 
     def _expected(self) -> Tensor:
-        return torch.stack([each.size * whole_sum(expected_count(each.scores)) for each in self.scored]).sum()
+        return self._sum(chance)
 
     def _open(self) -> list[Tensor]:
         """Which gates are not 0 in evaluation, int8, in the shape of whole scores."""

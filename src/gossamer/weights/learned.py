@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import reduce
 from operator import mul
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
@@ -164,11 +165,10 @@ class LearnedMethod(Method):
         """What scores start from."""
 
     def _first_scores(self, scored: Scored, weight: Tensor) -> Tensor:
-        """First scores, in single precision at least: steps of scores are small."""
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        """First scores, of the weight's type: FSDP2 shards parameters of one type together."""
         if scored.elementwise:
-            return torch.full_like(weight, self._first_score(), dtype=dtype)
-        return torch.full((scored.total,), self._first_score(), dtype=dtype, device=weight.device)
+            return torch.full_like(weight, self._first_score())
+        return weight.new_full((scored.total,), self._first_score())
 
     @abstractmethod
     def _gates(
@@ -216,6 +216,15 @@ class LearnedMethod(Method):
         """The weights in so many groups of each division."""
         return sum(n * each.size for n, each in zip(counts, self.scored, strict=True))
 
+    def _sizes(self, sums: Tensor) -> Tensor:
+        """Weights in a whole group of each division."""
+        return torch.tensor([each.size for each in self.scored], dtype=sums.dtype, device=sums.device)
+
+    def _sum(self, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """A function of the scores, summed over the weights of whole groups, and over all ranks; 0-dim."""
+        sums = whole_sums([each.scores for each in self.scored], function)
+        return (sums * self._sizes(sums)).sum()
+
     def _total(self) -> int:
         return self._weights([each.total for each in self.scored])
 
@@ -252,7 +261,7 @@ class LearnedMethod(Method):
     def _take_off(self) -> None:
         for target in self._claimed:
             for owner, attribute in target.places:
-                parametrize.remove_parametrizations(owner, attribute, leave_parametrized=False)
+                _remove_gates(owner, attribute)
         for owner, order in self._order:  # torch puts the weight behind the bias
             found = owner._parameters
             owner._parameters.update([(name, found.pop(name)) for name in [*order, *found] if name in found])
@@ -264,10 +273,46 @@ class LearnedMethod(Method):
                     owner._init_flat_weights()  # type: ignore[operator]
 
 
-def whole_sum(tensor: Tensor) -> Tensor:
-    """The sum over a tensor, over all ranks where it is sharded; differentiable, 0-dim."""
-    total = tensor.sum()
-    return total.full_tensor() if isinstance(total, DTensor) else total
+def whole_sums(scores: Sequence[Tensor], function: Callable[[Tensor], Tensor]) -> Tensor:
+    """The sum of a function of every number of each tensor, over all ranks where it is sharded; differentiable.
+
+    At most one collective. A gradient stays on the rank that holds the number.
+
+    Args:
+        scores: The tensors.
+        function: Applied to each, element by element.
+
+    Returns:
+        `(tensors,)`.
+    """
+    sharded = [each for each in scores if isinstance(each, DTensor)]
+    sums = torch.stack([function(each.to_local() if isinstance(each, DTensor) else each).sum() for each in scores])
+    if not sharded:
+        return sums
+    held = torch.tensor([isinstance(each, DTensor) for each in scores], device=sums.device)
+    totals = torch.where(held, sums.detach(), 0)
+    mesh, placements = sharded[0].device_mesh, sharded[0].placements
+    dim = next((dim for dim, placement in enumerate(placements) if placement.is_shard()), None)
+    if dim is None:
+        return sums
+    dist.all_reduce(totals, group=mesh.get_group(dim))
+    return sums + torch.where(held, totals - sums.detach(), 0)
+
+
+def _remove_gates(module: nn.Module, name: str) -> None:
+    """Put the parameter back in its place, as it is."""
+    found = next(each for each in type(module).__mro__ if name in vars(each))
+    if found is type(module):
+        parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+        return
+    # FSDP2 has made a class over the one that torch made for the parametrization, which is shared by nobody else.
+    lists: Any = module.parametrizations
+    original = lists[name].original
+    delattr(found, name)
+    del lists[name]
+    if not lists:
+        del module.parametrizations
+    module.register_parameter(name, original)
 
 
 def _keeps_weights(module: nn.Module) -> bool:

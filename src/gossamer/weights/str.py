@@ -16,7 +16,7 @@ from gossamer.masks import rows_like
 from gossamer.nn.gates import SoftThreshold
 from gossamer.structure import Element, as_structure
 from gossamer.targets import whole
-from gossamer.weights.learned import LearnedMethod, Scored, whole_sum
+from gossamer.weights.learned import LearnedMethod, Scored, whole_sums
 
 
 @dataclass(eq=False)
@@ -67,7 +67,7 @@ class STR(LearnedMethod):
         """See `Method.loss_term`."""
         if not self._placed():
             return None
-        return self.penalty / 2 * torch.stack([whole_sum(each.scores.square()) for each in self.scored]).sum()
+        return self.penalty / 2 * whole_sums([each.scores for each in self.scored], torch.square).sum()
 
     def finalize(self) -> None:
         """See `Method.finalize`: weights as they act."""
