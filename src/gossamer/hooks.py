@@ -154,6 +154,8 @@ class StepHooks:
                 each.state.pop(parameter, None)
         if proposal.write is not None:
             proposal.write()
+            for tensor in self.tensors():
+                tensor.enforce()
         tensors = [change.tensor for change in proposal.changes]
         before = [tensor.active for tensor in tensors]
         counts = []

@@ -45,6 +45,57 @@ METHODS = [
     MethodRow("rigl-step", gs.RigL, {"every": 2, "drop_fraction": 0.5, "skip_step": False}, reads_gradients=True),
     MethodRow("dsr", gs.DSR, {"every": 2, "threshold": 0.1, "prune_fraction": 0.05}),
     MethodRow("gmp", gs.GMP, {"every": 2, "end": 8}, grows=False, keeps_count=False),
+    MethodRow(
+        "imp", gs.IMP, {"length": 3, "rounds": 2, "rewind": 1, "distribution": "erk"}, grows=False, keeps_count=False
+    ),
+]
+
+
+@dataclass(frozen=True, eq=False)
+class LearnedRow:
+    """A method that learns masks: `make(structure, **overrides)` builds it for `TinyNet`.
+
+    After `steps` steps nothing changes any more when masks become hard. `scatter` is how far apart scores start, so
+    that few steps decide about some.
+    """
+
+    id: str
+    method: type[gs.Method]
+    options: dict[str, Any]
+    steps: int
+    scatter: float
+    structures: tuple[str, ...] = ("element", "block:4x1", "filter", "channel", "row+column")
+
+    def make(self, structure: str | Structure = "element", **overrides: Any) -> Any:
+        return self.method(**self.options | {"structure": structure} | overrides)
+
+
+LEARNED = [
+    LearnedRow(
+        "continuous",
+        gs.ContinuousSparsification,
+        {"initial_value": 0.1, "penalty": 1e-6, "rounds": 2, "rewind": 2, "length": 4, "lr": 0.05},
+        steps=10,
+        scatter=0.1,
+    ),
+    LearnedRow(
+        "continuous-steered",
+        gs.ContinuousSparsification,
+        {
+            "initial_value": 0.2,
+            "penalty": 1e-6,
+            "rounds": 2,
+            "length": 4,
+            "lr": 0.005,
+            "sparsity": 0.3,
+            "ranking": True,
+            "scaling": "code",
+        },
+        steps=10,
+        scatter=0.1,
+    ),
+    LearnedRow("hard_concrete", gs.HardConcrete, {"penalty": 1e-4, "drop_rate": 0.9}, steps=8, scatter=3.0),
+    LearnedRow("str", gs.STR, {"initial_value": -3.0, "penalty": 0.1, "lr": 0.1}, 8, 0.0, structures=("element",)),
 ]
 
 METHOD_CASES = [pytest.param(row, s, id=f"{row.id}-{s}") for row in METHODS for s in row.structures]

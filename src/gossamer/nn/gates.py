@@ -52,8 +52,8 @@ def centered_in_cells(scores: Tensor, n: int, m: int) -> Tensor:
         m: Groups in a cell.
     """
     cells = scores.view(-1, m)
-    top = cells.detach().topk(n + 1, dim=1).values
-    return (cells - (top[:, n - 1 :].mean(1, keepdim=True))).view(-1)
+    top = cells.topk(n + 1, dim=1).values
+    return (cells - top[:, n - 1 :].mean(1, keepdim=True)).view(-1)
 
 
 class Gates(nn.Module):

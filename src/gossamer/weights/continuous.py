@@ -28,8 +28,8 @@ from gossamer.weights.steering import Steering
 MOST = 1e6
 """The highest final temperature: at it a score of 1e-6 is a mask of 0.73, and beyond there is no precision left."""
 
-MEASURED = 10
-"""Steps between two measurements of the density, by which a penalty is steered."""
+MEASUREMENTS = 200
+"""How often in a round the density is measured, by which a penalty is steered."""
 
 GAIN = 300.0
 """The integral part of a penalty's control, over a round that is e-fold off its goal all along."""
@@ -61,7 +61,8 @@ class ContinuousSparsification(LearnedMethod):
         scaling: `"paper"`, masks as above; `"code"`, masks, hard ones too, divided by `σ(s₀)`, as in the authors' code.
         sparsity: Fraction of weights to suppress in all, in [0, 1): the penalty is steered towards it (see
             `gossamer.weights.steering`), a geometric part of the way in each round. `None` for a penalty that stays.
-        ranking: Whether, with `sparsity`, the ticket has exactly so many weights, those with the highest scores.
+        ranking: Whether, with `sparsity`, the ticket has exactly so many weights, those with the highest scores; else
+            it has those with scores above 0, which steering brings near to that number.
 
     See `LearnedMethod` for the other arguments. N:M needs one round: its masks are relative to the other scores of a
     cell, so that exactly N of M end above 0.
@@ -80,7 +81,7 @@ class ContinuousSparsification(LearnedMethod):
     every: int = 1
     scaling: str = "paper"
     sparsity: float | None = None
-    ranking: bool = False
+    ranking: bool = True
 
     name = "continuous"
     steps = ("length", "rewind", "every")
@@ -100,8 +101,6 @@ class ContinuousSparsification(LearnedMethod):
                 raise ConfigurationError(
                     "penalty: got 0, from where it cannot be steered towards sparsity; leave it out"
                 )
-        elif self.ranking:
-            raise ConfigurationError("ranking: got True without a sparsity to rank for; give it")
         Rounds(self.length, self.rounds, self.rewind)
         if self.every > self.length:
             raise ConfigurationError(
@@ -120,7 +119,8 @@ class ContinuousSparsification(LearnedMethod):
         self._told = 1.0
         self._steering = None
         if self.sparsity is not None:
-            self._steering = Steering(self.penalty, integral=GAIN * MEASURED / self.length)
+            self._measured = max(1, self.length // MEASUREMENTS)
+            self._steering = Steering(self.penalty, min(GAIN * self._measured / self.length, GAIN / MEASUREMENTS))
 
     def install(self) -> None:
         """See `Method.install`."""
@@ -161,9 +161,9 @@ class ContinuousSparsification(LearnedMethod):
         proposal = self.ticket(step, state)
         if self.rewind is not None:
             back = self.back(step, state)
-            proposal = Proposal(
-                proposal.changes, proposal.extras, True, back.restarted, _both(proposal.write, back.write)
-            )
+            writes = (proposal.write, back.write)
+            proposal.restarted = [*proposal.restarted, *back.restarted]
+            proposal.write = lambda: [write() for write in writes if write is not None]
         return proposal
 
     def phases(self) -> dict[str, Callable[..., Proposal]]:
@@ -220,8 +220,8 @@ class ContinuousSparsification(LearnedMethod):
         if not self.tensors:
             into = self._rounds.into(step)
             self._set_temperature(self._temperature_at(into))
-            if self._steering is not None and into % MEASURED == 0:
-                self._steering.steer(self._density(), self._goal(into))
+            if self._steering is not None and into % self._measured == 0:
+                self._steer(into)
         return None
 
     def finalize(self) -> None:
@@ -328,15 +328,10 @@ class ContinuousSparsification(LearnedMethod):
         if hard and missing:
             raise StateError(f"sparsity state: no mask of {missing[0]}; the file is damaged, use an earlier one")
         steering = state.get("steering")
-        numbers = steering.values() if isinstance(steering, Mapping) else []
-        if self._steering is not None and (
-            not isinstance(steering, Mapping)
-            or set(steering) != {"level", "strength"}
-            or not all(isinstance(each, float) and abs(each) < float("inf") for each in numbers)
-        ):
+        if not (steering is None if self._steering is None else self._steering.check_state(steering)):
             raise StateError(
-                f"{self.name}: the saved penalty is {steering!r:.80}, expected its strength; it was saved without a "
-                "sparsity, or the file is damaged"
+                f"{self.name}: the saved penalty is {steering!r:.80}, attached with sparsity={self.sparsity}; "
+                "attach with a sparsity where it was saved with one, or the file is damaged"
             )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -376,11 +371,14 @@ class ContinuousSparsification(LearnedMethod):
         temperature = self._temperature()
         return torch.stack([each.size * whole_sum(soft_mask(each.scores, temperature)) for each in self.scored]).sum()
 
-    def _goal(self, into: int) -> float:
-        """The density that ought to be left after so many steps of the present round."""
+    def _steer(self, into: int) -> None:
+        """Steer the penalty, so many steps into the present round."""
         assert self.sparsity is not None
+        assert self._steering is not None
         way = min(into / (ARRIVED * self.length), 1.0)
-        return float((1 - self.sparsity) ** ((self._rounds.done + way) / self.rounds))
+        goal, final = ((1 - self.sparsity) ** ((self._rounds.done + part) / self.rounds) for part in (way, 1.0))
+        # Scores begin alike and need time to part: before that a reward would lift them all.
+        self._steering.steer(self._density(), goal, final, rewards=way >= 0.5)
 
     def _density(self) -> Tensor:
         """The fraction of weights, in whole groups, whose score is above 0; 0-dim."""
@@ -393,9 +391,8 @@ class ContinuousSparsification(LearnedMethod):
         if (cell := self.scored[0].cell) is not None:
             n = torch.tensor([cell[0]], device=scores[0].device)
             return [largest_in_cells(each, n, cell[1]) for each in scores]
-        if not (last and self.ranking):
+        if not (last and self.ranking) or self.sparsity is None:
             return [each > 0 for each in scores]
-        assert self.sparsity is not None
         ranked = torch.cat([each.reshape(-1) for each in scores]).sort(descending=True, stable=True).indices
         sizes = torch.cat([torch.full((part.total,), part.size, device=ranked.device) for part in self.scored])
         fits = sizes[ranked].cumsum(0) <= active_weights(self.sparsity, self._total())
@@ -428,12 +425,3 @@ class ContinuousSparsification(LearnedMethod):
     def _mask(self, target: Target, kept: Sequence[Tensor]) -> Tensor:
         """This rank's part of a hard mask of a weight, int8."""
         return rows_like(self._spread(target, [each.to(torch.int8) for each in kept]).neg(), target.parameter)
-
-
-def _both(first: Callable[[], object] | None, second: Callable[[], object] | None) -> Callable[[], None]:
-    def write() -> None:
-        for each in (first, second):
-            if each is not None:
-                each()
-
-    return write

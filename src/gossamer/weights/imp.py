@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from gossamer.distribution import Distribution
-from gossamer.errors import ConfigurationError
 from gossamer.method import Masks, Proposal, StateOf
 from gossamer.rewind import Rounds
 from gossamer.weights.pruning import PruningMethod
@@ -51,11 +50,6 @@ class IMP(PruningMethod):
     def bind(self, model: nn.Module, masks: Masks) -> None:
         """See `Method.bind`."""
         super().bind(model, masks)
-        if self.groups[0].cell is not None and self.rounds > 1:
-            raise ConfigurationError(
-                f"IMP: structure {self.groups[0].structure} has one number of active weights, which one round reaches; "
-                f"got rounds={self.rounds}, use rounds=1"
-            )
         self._model = model
         self._rounds = Rounds(self.length, self.rounds, self.rewind)
 
