@@ -22,9 +22,9 @@ NOT_REWOUND = ("mask_weight", "init_weight", "temp", "_extra_state")
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, mask_initial_value: float) -> None:
         super().__init__()
-        self.conv = SoftMaskedConv2d(4, 4, 3, groups=2, bias=True)
+        self.conv = SoftMaskedConv2d(4, 4, 3, mask_initial_value=mask_initial_value, groups=2, bias=True)
         self.norm = nn.BatchNorm2d(4)
 
     def forward(self, x: Tensor, temp: Tensor, ticket: bool) -> Tensor:
@@ -37,7 +37,7 @@ class Net(MaskedNet):
     def __init__(self, mask_initial_value: float = 0.0) -> None:
         super().__init__()
         self.conv = SoftMaskedConv2d(1, 4, 3, 1, 2, mask_initial_value)
-        self.block = Block()
+        self.block = Block(mask_initial_value)
         self.norm = nn.BatchNorm2d(4)
         self.linear = SoftMaskedLinear(64, 10, mask_initial_value=mask_initial_value)
         self.scale = nn.Parameter(torch.ones(1))
