@@ -5,6 +5,7 @@ from importlib.metadata import version
 from gossamer import nn, penalties, schedule, scores
 from gossamer.activations import ActivationMeasurements, ActivationSparsifier, LossyThreshold, measure_activations
 from gossamer.attach import Sparsity, attach
+from gossamer.compat.cs import MaskedNet, SoftMaskedConv2d, SoftMaskedLinear
 from gossamer.compat.dst import DSModel
 from gossamer.compat.lossy import SparseLoss
 from gossamer.errors import (
@@ -47,11 +48,14 @@ __all__ = [
     "LossySparsifier",
     "LossyThreshold",
     "MaskUpdate",
+    "MaskedNet",
     "Method",
     "NonFiniteError",
     "OrderError",
     "Proposal",
     "RigL",
+    "SoftMaskedConv2d",
+    "SoftMaskedLinear",
     "SparseLoss",
     "Sparsity",
     "StateError",
