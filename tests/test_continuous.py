@@ -148,7 +148,7 @@ class Reference:
         loss = nn.functional.cross_entropy(torch.func.functional_call(self.model, effective, x), y)
         learned = [] if self.masks is not None else list(self.scores.values())
         if learned:
-            loss = loss + self.penalty * sum(mask.sum() for mask in soft.values())
+            loss = loss + self.penalty * self.scaling * sum(mask.sum() for mask in soft.values())
         leaves = [*self.model.parameters(), *learned]
         return dict(zip(leaves, torch.autograd.grad(loss, leaves), strict=True))
 

@@ -70,7 +70,7 @@ class Rounds:
 
     def keep(self, model: nn.Module) -> None:
         """Make what the model is now the rewind point."""
-        self.kept = {name: tensor.detach().clone() for name, tensor in _everything(model)}
+        self.kept = {name: tensor.detach().clone() for name, tensor in everything(model)}
 
     def restore(self, model: nn.Module) -> None:
         """Write back what was kept, to the bit.
@@ -79,7 +79,7 @@ class Rounds:
             OrderError: Nothing was kept so far.
         """
         kept = self._kept()
-        for name, tensor in _everything(model):
+        for name, tensor in everything(model):
             local(tensor).copy_(rows_like(kept[name], tensor))
 
     def check_restore(self, model: nn.Module) -> list[nn.Parameter]:
@@ -90,7 +90,7 @@ class Rounds:
             StateError: What was kept is of another model.
         """
         kept = self._kept()
-        present = dict(_everything(model))
+        present = dict(everything(model))
         for name, tensor in present.items():
             if name not in kept or kept[name].shape != tensor.shape:
                 there = tuple(kept[name].shape) if name in kept else "nothing"
@@ -132,7 +132,7 @@ class Rounds:
         self.kept = None if state["kept"] is None else dict(state["kept"])
 
 
-def _everything(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def everything(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers of a model, by plain name, without those of learned gates."""
     gates = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Gates))
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from gossamer.checks import check_boolean, check_number
 from gossamer.errors import ConfigurationError, OrderError, StateError
-from gossamer.nn.gates import soft_mask, suppress
-from gossamer.rewind import _everything
+from gossamer.nn.gates import code_scale, soft_mask, suppress
+from gossamer.rewind import everything
 
 __all__ = ["MaskedNet", "SoftMasked", "SoftMaskedConv2d", "SoftMaskedLinear"]
 
@@ -72,7 +72,7 @@ class SoftMasked(nn.Module):
             _check_temperature(temp)
         scores = self.mask_weight
         mask = (scores > 0).to(scores.dtype) if ticket else soft_mask(scores, temp)
-        return mask * (1 + math.exp(-self.mask_initial_value))
+        return mask * code_scale(self.mask_initial_value)
 
     @property
     def mask(self) -> Tensor:
@@ -280,7 +280,7 @@ class MaskedNet(nn.Module):
     def _rest(self) -> dict[str, Tensor]:
         """What soft-masked modules do not keep themselves, by name: all but their weights and masks, and `temp`."""
         own = {id(each) for module in self.mask_modules for name, each in module.named_parameters() if name != "bias"}
-        return {name: each for name, each in _everything(self) if id(each) not in own and each is not self.temp}
+        return {name: each for name, each in everything(self) if id(each) not in own and each is not self.temp}
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "ticket":

@@ -30,6 +30,11 @@ def soft_mask(scores: Tensor, temperature: Tensor | float) -> Tensor:
     return F.threshold(mask, max(torch.finfo(mask.dtype).tiny, 1e-18), 0.0)
 
 
+def code_scale(initial: float) -> float:
+    """`1 / σ(s₀)`, what the authors' code multiplies masks by, so that they begin at 1."""
+    return 1 + math.exp(-initial)
+
+
 def suppress(scores: Tensor, temperature: Tensor | float, initial: float) -> Tensor:
     """Scores for the next round: `min(β·s, s₀)` where `s > 0`, and of all others what never comes back.
 
@@ -91,7 +96,7 @@ class SoftMask(Gates):
         scores: See `Gates`.
         spreads: See `Gates`.
         cells: For each division N and M, where N of M consecutive groups are to live; else `None`.
-        scale: What the mask is multiplied by, `σ(s₀)` apart 1: the authors' code divides by `σ(s₀)`.
+        scale: What the mask is multiplied by; see `code_scale`.
 
     Attributes:
         temperature: The buffer `β`, 0-dim.

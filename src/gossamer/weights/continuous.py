@@ -18,7 +18,7 @@ from gossamer.errors import ConfigurationError, StateError
 from gossamer.groups import Groups, Spread
 from gossamer.masks import Change, MaskedTensor, rows_like
 from gossamer.method import Proposal, StateOf
-from gossamer.nn.gates import KEPT, SoftMask, soft_mask, suppress
+from gossamer.nn.gates import KEPT, SoftMask, code_scale, soft_mask, suppress
 from gossamer.rewind import Rounds
 from gossamer.structure import as_structure
 from gossamer.targets import Target, local, whole
@@ -58,7 +58,8 @@ class ContinuousSparsification(LearnedMethod):
             `None` to go on with the weights as they are.
         length: Optimizer steps of a round.
         every: Steps after which the temperature is raised; with those of an epoch it is as in the paper.
-        scaling: `"paper"`, masks as above; `"code"`, masks, hard ones too, divided by `σ(s₀)`, as in the authors' code.
+        scaling: `"paper"`, masks as above; `"code"`, masks, hard ones and those in the penalty too, divided by `σ(s₀)`, as
+            in the authors' code.
         sparsity: Fraction of weights to suppress in all, in [0, 1): the penalty is steered towards it (see
             `gossamer.weights.steering`), a geometric part of the way in each round. `None` for a penalty that stays.
         ranking: Whether, with `sparsity`, the ticket has exactly so many weights, those with the highest scores; else
@@ -88,7 +89,7 @@ class ContinuousSparsification(LearnedMethod):
 
     def _check(self) -> None:
         super()._check()
-        check_number("initial_value", self.initial_value, -100, 100)
+        check_number("initial_value", self.initial_value, -50, 50)
         check_number("penalty", self.penalty, 0, float("inf"), open_high=True)
         check_number("final_temperature", self.final_temperature, 1, MOST)
         check_integer("every", self.every, at_least=1)
@@ -136,14 +137,16 @@ class ContinuousSparsification(LearnedMethod):
         spreads: Sequence[Spread],
         cells: Sequence[tuple[int, int] | None],
     ) -> SoftMask:
-        scale = 1.0 if self.scaling == "paper" else float(1 / torch.tensor(self.initial_value).double().sigmoid())
-        return SoftMask(scores, spreads, cells, scale)
+        return SoftMask(scores, spreads, cells, self._scale())
+
+    def _scale(self) -> float:
+        return 1.0 if self.scaling == "paper" else code_scale(self.initial_value)
 
     def loss_term(self) -> Tensor | None:
-        """See `Method.loss_term`: `λ·Σ σ(β·s)`, counting weights; none of the ticket."""
-        if self.tensors or not self._placed():
+        """See `Method.loss_term`: λ times the sum of the masks, counting weights; none of the ticket, and of N:M."""
+        if self.tensors or not self._placed() or self.scored[0].cell is not None:
             return None
-        mass = self._mass()
+        mass = self._scale() * self._mass()
         return (self.penalty if self._steering is None else self._steering.strength.to(mass.device)) * mass
 
     def due(self, step: int) -> bool:
