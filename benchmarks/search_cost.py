@@ -2,9 +2,9 @@
 
     python benchmarks/search_cost.py [--threads 2] [--pairs 20] [--out benchmarks/results/search_cost.json]
 
-Dense and sparse steps alternate in one run; times are medians, ratios medians of paired ratios. A step is forward, loss,
-penalty, backward and optimizer, in the midst of a search; `extra_bytes` are those of all tensors that the method keeps
-between steps, beside the weights and the optimizer's state, for each weight that it masks.
+Dense and sparse steps alternate in one run; times are medians, ratios medians of paired ratios. A step is forward,
+loss, penalty, backward and optimizer, in the midst of a search; `extra_bytes` are those of all tensors that the method
+keeps between steps, beside the weights and the optimizer's state, for each weight that it masks.
 """
 
 from __future__ import annotations

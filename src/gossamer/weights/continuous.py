@@ -58,8 +58,8 @@ class ContinuousSparsification(LearnedMethod):
             `None` to go on with the weights as they are.
         length: Optimizer steps of a round.
         every: Steps after which the temperature is raised; with those of an epoch it is as in the paper.
-        scaling: `"paper"`, masks as above; `"code"`, masks, also hard ones and those of the penalty, divided by `σ(s₀)`,
-            as in the authors' code.
+        scaling: `"paper"`, masks as above; `"code"`, masks, also hard ones and those of the penalty, divided by
+            `σ(s₀)`, as in the authors' code.
         sparsity: Fraction of weights to suppress in all, in [0, 1): the penalty is steered towards it (see
             `gossamer.weights.steering`), a geometric part of the way in each round. `None` for a penalty that stays.
         ranking: Whether, with `sparsity`, the ticket has exactly so many weights, those with the highest scores; else
