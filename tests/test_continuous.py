@@ -232,7 +232,7 @@ def test_a_suppressed_weight_never_returns_whatever_its_gradients(
     with warnings.catch_warnings(action="ignore"):
         for gradient in gradients:
             suppressed |= learned.detach() <= 0
-            sparsity.update("next_round")
+            sparsity.update()
             for _ in range(2):
                 learned.grad = torch.full_like(learned, gradient)
                 layer.parametrizations.weight.original.grad = torch.full_like(learned, gradient)
@@ -301,12 +301,24 @@ def test_tickets_can_be_taken_and_rewound_by_hand() -> None:
     run.sparsity.update("checkpoint")
     kept = run.model.get_parameter("0.parametrizations.weight.original").detach().clone()
     run.train(range(2, 6))
-    run.sparsity.update("next_round")
+    run.sparsity.update()
     run.train(range(6, 9))
     run.sparsity.update("ticket")
     run.sparsity.update("rewind")
     mask = run.sparsity.masks()["0.weight"]
     assert run.model.get_parameter("0.parametrizations.weight.original").detach().equal(torch.where(mask, kept, 0.0))
+
+
+def test_a_round_ended_by_hand_is_followed_by_a_whole_one() -> None:
+    run = Run(gs.ContinuousSparsification(0.0, 0.0, 200.0, 3, length=10)).train(4)
+    run.sparsity.update()
+    assert run.temperature() == 1
+    run.train(range(4, 13))
+    assert run.temperature() == pytest.approx(200.0)
+    run.train(range(13, 14))
+    assert run.sparsity.methods[0].metrics()["rounds_done"] == 1
+    run.train(range(14, 15))
+    assert run.sparsity.methods[0].metrics()["rounds_done"] == 2
 
 
 def test_frozen_masks_end_no_round() -> None:

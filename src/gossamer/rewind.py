@@ -25,6 +25,8 @@ class Rounds:
 
     Attributes:
         done: Rounds that have ended.
+        step: Steps that are complete.
+        began: Steps that were complete when the present round began.
         kept: Parameters and buffers at the rewind point, by name; `None` before it.
 
     Raises:
@@ -44,7 +46,7 @@ class Rounds:
         self.length = length
         self.rounds = rounds
         self.rewind = rewind
-        self.done = 0
+        self.done = self.step = self.began = 0
         self.kept: dict[str, Tensor] | None = None
 
     def check_run(self, steps: int, remedy: str = "") -> None:
@@ -57,14 +59,21 @@ class Rounds:
 
     def ended(self, step: int) -> bool:
         """Whether a round has ended before this step, the first of the next one, and nobody took note so far."""
-        return self.done < self.rounds and step > (self.done + 1) * self.length
+        return self.done < self.rounds and step > self.began + self.length
 
-    def into(self, step: int) -> int:
-        """Steps of the present round that are complete, where `step` are in all; at most its length."""
-        return min(max(step - self.done * self.length, 0), self.length)
+    def end(self) -> None:
+        """Take note that the present round is over."""
+        self.done += 1
+        self.began = self.step
+
+    @property
+    def into(self) -> int:
+        """Steps of the present round that are complete; at most its length."""
+        return min(self.step - self.began, self.length)
 
     def reach(self, step: int, model: nn.Module) -> None:
-        """Keep what the model is, where so many complete steps are the rewind point."""
+        """Note that so many steps are complete, and keep what the model is where that is the rewind point."""
+        self.step = step
         if step == self.rewind and self.done == 0:
             self.keep(model)
 
@@ -110,16 +119,19 @@ class Rounds:
         return self.kept
 
     def state_dict(self) -> dict[str, Any]:
-        """The rounds done and what was kept."""
-        return {"rounds_done": self.done, "kept": self.kept}
+        """Which round it is, and what was kept."""
+        return {"rounds": [self.done, self.began, self.step], "kept": self.kept}
 
     def check_state(self, name: str, state: Mapping[str, Any]) -> None:
         """Raise a StateError where `load_state_dict` could not take this; `name` is the method's."""
-        done, kept = state.get("rounds_done"), state.get("kept")
-        if type(done) is not int or not 0 <= done <= self.rounds:
+        rounds, kept = state.get("rounds"), state.get("kept")
+        listed = rounds if isinstance(rounds, list) and len(rounds) == 3 else [-1] * 3
+        if any(type(each) is not int for each in listed) or not (
+            0 <= listed[0] <= self.rounds and 0 <= listed[1] <= listed[2]
+        ):
             raise StateError(
-                f"{name}: the saved state has {done!r:.40} rounds done, expected 0 to rounds={self.rounds}; attach "
-                "with the rounds it was saved with, or the file is damaged"
+                f"{name}: the saved rounds are {rounds!r:.60}, expected how many are over, at most {self.rounds}, and "
+                "the steps when the last began and now; attach with the rounds it was saved with, or the file is damaged"
             )
         if kept is not None and not (
             isinstance(kept, Mapping) and all(isinstance(each, Tensor) for each in kept.values())
@@ -128,7 +140,7 @@ class Rounds:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave."""
-        self.done = state["rounds_done"]
+        self.done, self.began, self.step = state["rounds"]
         self.kept = None if state["kept"] is None else dict(state["kept"])
 
 

@@ -154,13 +154,13 @@ class ContinuousSparsification(LearnedMethod):
         return self._rounds.ended(step)
 
     def update(self, step: int, state: StateOf) -> Proposal:
-        """See `Method.update`: ends the present round; the last one with the ticket, rewound where that was asked for.
+        """See `Method.update`: ends the present round, the last one with the ticket, rewound where that was asked for.
 
         Warns:
             UserWarning: Nothing of a layer is left.
         """
         if self._rounds.done + 1 < self._rounds.rounds:
-            return self.next_round(step, state)
+            return self._next_round()
         proposal = self.ticket(step, state)
         if self.rewind is not None:
             back = self.back(step, state)
@@ -172,19 +172,16 @@ class ContinuousSparsification(LearnedMethod):
     def phases(self) -> dict[str, Callable[..., Proposal]]:
         """See `Method.phases`."""
         return {
-            "next_round": self.next_round,
             "ticket": self.ticket,
             "checkpoint": self.checkpoint,
             "rewind": self.back,
         }
 
-    def next_round(self, step: int, state: StateOf) -> Proposal:
+    def _next_round(self) -> Proposal:
         """Suppress for good what has no score above 0, and begin the next round with the rest."""
-        if self.tensors:
-            return Proposal([])
         kept = self._chosen(last=False)
         self._warn_of_empty(kept)
-        self._rounds.done += 1
+        self._rounds.end()
 
         def write() -> None:
             temperature = self._temperature()
@@ -202,7 +199,8 @@ class ContinuousSparsification(LearnedMethod):
             return Proposal([])
         kept = self._chosen(last=True)
         self._warn_of_empty(kept)
-        self._rounds.done = self._rounds.rounds
+        self._rounds.done = self._rounds.rounds - 1
+        self._rounds.end()
         self.tensors = [MaskedTensor(target, str(as_structure(self.structure))) for target in self._claimed]
         changes = [Change(tensor, self._mask(tensor.target, kept)) for tensor in self.tensors]
         scores = [each.scores for each in self.scored]
@@ -221,10 +219,9 @@ class ContinuousSparsification(LearnedMethod):
         """See `Method.after_step`: keeps the rewind point, raises the temperature, steers the penalty."""
         self._rounds.reach(step, self._model)
         if not self.tensors:
-            into = self._rounds.into(step)
-            self._set_temperature(self._temperature_at(into))
-            if self._steering is not None and into % self._measured == 0:
-                self._steer(into)
+            self._set_temperature(self._temperature_at(self._rounds.into))
+            if self._steering is not None and self._rounds.into % self._measured == 0:
+                self._steer()
         return None
 
     def finalize(self) -> None:
@@ -272,10 +269,8 @@ class ContinuousSparsification(LearnedMethod):
         """See `Method.hardens`: until there is a ticket."""
         return not self.tensors
 
-    def learned(self) -> list[dict[str, Any]]:
-        """See `Method.learned`: of every group of scores how many are above 0, and the mass of the soft mask."""
-        if not self._placed():
-            return getattr(self, "_last", [])
+    def _learned(self) -> list[dict[str, Any]]:
+        """Of every division how many scores are above 0, and the mass of the soft mask."""
         rows, temperature = [], self._temperature()
         for each in self.scored:
             scores = whole(each.scores)
@@ -325,7 +320,7 @@ class ContinuousSparsification(LearnedMethod):
         """See `Method.check_state`."""
         self._rounds.check_state(self.name, state)
         hard = state.get("hard")
-        if not isinstance(hard, bool) or (hard and state["rounds_done"] != self.rounds):
+        if not isinstance(hard, bool) or hard != (state["rounds"][0] == self.rounds):
             raise StateError(f"{self.name}: the saved masks are hard: {hard!r:.40}; the file is damaged")
         missing = [target.name for target in self._claimed if target.name not in masks]
         if hard and missing:
@@ -374,11 +369,11 @@ class ContinuousSparsification(LearnedMethod):
         temperature = self._temperature()
         return self._sum(lambda scores: soft_mask(scores, temperature))
 
-    def _steer(self, into: int) -> None:
-        """Steer the penalty, so many steps into the present round."""
+    def _steer(self) -> None:
+        """Steer the penalty by the density there is."""
         assert self.sparsity is not None
         assert self._steering is not None
-        way = min(into / (ARRIVED * self.length), 1.0)
+        way = min(self._rounds.into / (ARRIVED * self.length), 1.0)
         goal, final = ((1 - self.sparsity) ** ((self._rounds.done + part) / self.rounds) for part in (way, 1.0))
         # Scores begin alike and need time to part: before that a reward would lift them all.
         self._steering.steer(self._density(), goal, final, rewards=way >= 0.5)

@@ -93,10 +93,8 @@ class HardConcrete(LearnedMethod):
         self._put_under_masks([rows_like(self._spread(t, open).neg(), t.parameter) for t in self._claimed])
         super().finalize()
 
-    def learned(self) -> list[dict[str, Any]]:
-        """See `Method.learned`: of every division how many gates are not 0 in evaluation, and are in expectation."""
-        if not self._placed():
-            return []
+    def _learned(self) -> list[dict[str, Any]]:
+        """Of every division how many gates are not 0 in evaluation, and are in expectation."""
         expected = [float(chance(whole(each.scores)).sum()) for each in self.scored]
         return [
             {"name": each.name, "groups": each.total, "open": int(gates.sum()), "expected": count}

@@ -73,7 +73,7 @@ class IMP(PruningMethod):
         restarted = [] if self.rewind is None else self._rounds.check_restore(self._model)
         alive = self._alive()
         self._prune(alive, self._left(self._rounds.done + 1), state)
-        self._rounds.done += 1
+        self._rounds.end()
         write = None if self.rewind is None else lambda: self._rounds.restore(self._model)
         return Proposal(self._changes(alive), {"round": self._rounds.done}, True, restarted, write)
 

@@ -193,10 +193,19 @@ class LearnedMethod(Method):
 
     def finalize(self) -> None:
         """See `Method.finalize`: weights are what they were under their gates, with exact zeros."""
+        self._last = self.learned()
         self._write_weights()
         self._take_off()
 
     # -- what it tells -----------------------------------------------------------------------------------------------
+
+    def learned(self) -> list[dict[str, Any]]:
+        """See `Method.learned`; after the end what was learned then."""
+        return self._learned() if self._placed() else getattr(self, "_last", [])
+
+    @abstractmethod
+    def _learned(self) -> list[dict[str, Any]]:
+        """What there is to tell of the scores."""
 
     def config(self) -> dict[str, Any]:
         """See `Method.config`."""

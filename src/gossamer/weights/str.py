@@ -74,10 +74,8 @@ class STR(LearnedMethod):
         self._put_under_masks([rows_like(mask.to(torch.int8).neg(), t.parameter) for t, mask in self._alive()])
         super().finalize()
 
-    def learned(self) -> list[dict[str, Any]]:
-        """See `Method.learned`: of every tensor the threshold, and how many weights are above it."""
-        if not self._placed():
-            return []
+    def _learned(self) -> list[dict[str, Any]]:
+        """Of every tensor the threshold, and how many weights are above it."""
         return [
             {"name": target.name, "threshold": float(whole(each.scores).sigmoid()), "above": int(mask.sum())}
             for each, (target, mask) in zip(self.scored, self._alive(), strict=True)
