@@ -131,7 +131,7 @@ class Rounds:
         ):
             raise StateError(
                 f"{name}: the saved rounds are {rounds!r:.60}, expected how many are over, at most {self.rounds}, and "
-                "the steps when the last began and now; attach with the rounds it was saved with, or the file is damaged"
+                "the steps when the last began and now; attach with the rounds it was saved with"
             )
         if kept is not None and not (
             isinstance(kept, Mapping) and all(isinstance(each, Tensor) for each in kept.values())

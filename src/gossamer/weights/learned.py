@@ -310,18 +310,30 @@ def whole_sums(scores: Sequence[Tensor], function: Callable[[Tensor], Tensor]) -
 
 def _remove_gates(module: nn.Module, name: str) -> None:
     """Put the parameter back in its place, as it is."""
+    lists: Any = module.parametrizations
+    place = lists[name]
     found = next(each for each in type(module).__mro__ if name in vars(each))
     if found is type(module):
         parametrize.remove_parametrizations(module, name, leave_parametrized=False)
-        return
-    # FSDP2 has made a class over the one that torch made for the parametrization, which is shared by nobody else.
-    lists: Any = module.parametrizations
-    original = lists[name].original
-    delattr(found, name)
-    del lists[name]
-    if not lists:
-        del module.parametrizations
-    module.register_parameter(name, original)
+    else:  # FSDP2 has made a class over the one that torch made for the parametrization, which is shared by nobody else
+        original = place.original
+        delattr(found, name)
+        del lists[name]
+        if not lists:
+            del module.parametrizations
+        module.register_parameter(name, original)
+    if isinstance(module._parameters[name], DTensor):
+        # FSDP2 goes on to put the parameter, whole or sharded, where it first found it.
+        place.__class__ = _Elsewhere
+        place.__dict__["owner"] = module, name
+
+
+class _Elsewhere(parametrize.ParametrizationList):
+    """What was the place of a parameter: one that is put there goes to its owner."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        owner, attribute = self.__dict__["owner"]
+        owner._parameters[attribute] = value
 
 
 def _keeps_weights(module: nn.Module) -> bool:
