@@ -38,32 +38,8 @@ from gossamer.loop import Run
 from gossamer.recipe import Recipe
 from gossamer.training import train
 from jobs import complete, mean_error, spread
+from networks import NETWORKS, TITLES
 
-NETWORKS: dict[str, dict[str, Any]] = {
-    "lenet": {
-        "data": {"name": "fashion_mnist", "batch_size": 128},
-        "model": {"name": "lenet"},
-        "optimizer": {"name": "SGD", "lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4},
-        "schedule": {"type": "cosine", "cycle": 12},
-        "threads": 1,
-    },
-    "cifar_resnet": {
-        "data": {
-            "name": "cifar10",
-            "batch_size": 64,
-            "validation": 1000,
-            "train": 10_000,
-            "augment": {"crop": 4, "padding": "reflect", "flip": True},
-        },
-        "model": {"name": "cifar_resnet", "depth": 20},
-        "optimizer": {"name": "SGD", "lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4},
-        "schedule": {"type": "cosine", "warmup": 1, "cycle": 25},
-        "precision": "bf16",
-        "channels_last": True,
-        "threads": 1,
-    },
-}
-TITLES = {"lenet": "LeNet, Fashion-MNIST", "cifar_resnet": "ResNet-20, 10,000 images of CIFAR-10"}
 LENGTH = {"lenet": 12, "cifar_resnet": 25}
 STEPS = {"lenet": 12 * 430, "cifar_resnet": 25 * 157}
 FIRST = {"lenet": (-0.1, 0.0, 0.1), "cifar_resnet": (0.0,)}
@@ -76,7 +52,9 @@ def recipe(network: str, rounds: int, method: dict[str, Any] | None) -> Recipe:
     length = LENGTH[network]
     shared = {"length": f"{length} epochs", "rewind": f"{REWIND} epochs", "rounds": ROUNDS}
     methods = [] if method is None else [shared | method]
-    return Recipe.model_validate(NETWORKS[network] | {"epochs": (rounds + 1) * length, "methods": methods})
+    plan = NETWORKS[network]
+    schedule = plan["schedule"] | {"cycle": length}
+    return Recipe.model_validate(plan | {"schedule": schedule, "epochs": (rounds + 1) * length, "methods": methods})
 
 
 def search(network: str, **arguments: Any) -> Recipe:
