@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from gossamer.checks import check_integer
 from gossamer.errors import ConfigurationError, OrderError, StateError
 from gossamer.masks import rows_like
+from gossamer.method import Proposal
 from gossamer.nn.gates import Gates
+from gossamer.nn.lossy import LossySparsifier
+from gossamer.state import saved_name
 from gossamer.targets import local, plain_name
 
 
@@ -49,21 +52,22 @@ class Rounds:
         self.done = self.step = self.began = 0
         self.kept: dict[str, Tensor] | None = None
 
-    def check_run(self, steps: int, remedy: str = "") -> None:
-        """Raise a ConfigurationError where a run of so many steps is over before the last round."""
-        if steps < self.rounds * self.length:
+    def check_run(self, steps: int, more: int = 0) -> None:
+        """Raise a ConfigurationError where a run of so many steps is over before the last round, and `more` steps."""
+        if steps < (needed := self.rounds * self.length + more):
             raise ConfigurationError(
-                f"length: {self.rounds} rounds of {self.length} steps are {self.rounds * self.length}, and the run has "
-                f"{steps}; make it longer, or the rounds shorter or fewer{remedy}"
+                f"length: {self.rounds} rounds of {self.length} steps"
+                + (f" and the first step after them are {needed}" if more else f" are {needed}")
+                + f", and the run has {steps}; make it longer, or the rounds shorter or fewer"
             )
 
-    def ended(self, step: int) -> bool:
-        """Whether a round has ended before this step, the first of the next one, and nobody took note so far."""
-        return self.done < self.rounds and step > self.began + self.length
+    def over(self, step: int) -> bool:
+        """Whether the present round has had its steps before this one, the first of the next."""
+        return step > self.began + self.length
 
     def end(self) -> None:
         """Take note that the present round is over."""
-        self.done += 1
+        self.done = min(self.done + 1, self.rounds)
         self.began = self.step
 
     @property
@@ -81,48 +85,46 @@ class Rounds:
         """Make what the model is now the rewind point."""
         self.kept = {name: tensor.detach().clone() for name, tensor in everything(model)}
 
-    def restore(self, model: nn.Module) -> None:
-        """Write back what was kept, to the bit.
+    def back(self, model: nn.Module) -> Proposal:
+        """Propose to write back what was kept, to the bit, and that optimizers begin anew.
 
-        Raises:
-            OrderError: Nothing was kept so far.
-        """
-        kept = self._kept()
-        for name, tensor in everything(model):
-            local(tensor).copy_(rows_like(kept[name], tensor))
-
-    def check_restore(self, model: nn.Module) -> list[nn.Parameter]:
-        """The parameters that `restore` will write.
+        Parameters that are frozen now stay as they are: nothing would train them again from where they were.
 
         Raises:
             OrderError: Nothing was kept so far.
             StateError: What was kept is of another model.
         """
-        kept = self._kept()
-        present = dict(everything(model))
-        for name, tensor in present.items():
-            if name not in kept or kept[name].shape != tensor.shape:
-                there = tuple(kept[name].shape) if name in kept else "nothing"
-                raise StateError(
-                    f"{name}: has shape {tuple(tensor.shape)}, and at the rewind point there was {there}; rewind the "
-                    "model that was trained, unchanged"
-                )
-        return [tensor for tensor in present.values() if isinstance(tensor, nn.Parameter)]
-
-    def _kept(self) -> dict[str, Tensor]:
         if self.kept is None:
             raise OrderError(
                 "rewind: the rewind point has not been reached, "
                 + ("and none was asked for" if self.rewind is None else f"it is after step {self.rewind}")
                 + "; train up to it, or keep the present state with sparsity.update('checkpoint')"
             )
-        return self.kept
+        kept = _fitting(self.kept, model)
+        pairs = [
+            (tensor, kept[name])
+            for name, tensor in everything(model)
+            if tensor.requires_grad or not isinstance(tensor, nn.Parameter)
+        ]
+
+        def write() -> None:
+            for tensor, value in pairs:
+                local(tensor).copy_(rows_like(value, tensor))
+
+        return Proposal([], restarted=[each for each, _ in pairs if isinstance(each, nn.Parameter)], write=write)
+
+    def phases(self, model: nn.Module) -> dict[str, Callable[..., Proposal]]:
+        """What can be done with the rewind point by hand; see `Method.phases`."""
+        return {
+            "checkpoint": lambda step, state: Proposal([], write=lambda: self.keep(model)),
+            "rewind": lambda step, state: self.back(model),
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Which round it is, and what was kept."""
         return {"rounds": [self.done, self.began, self.step], "kept": self.kept}
 
-    def check_state(self, name: str, state: Mapping[str, Any]) -> None:
+    def check_state(self, name: str, state: Mapping[str, Any], model: nn.Module) -> None:
         """Raise a StateError where `load_state_dict` could not take this; `name` is the method's."""
         rounds, kept = state.get("rounds"), state.get("kept")
         listed = rounds if isinstance(rounds, list) and len(rounds) == 3 else [-1] * 3
@@ -133,10 +135,13 @@ class Rounds:
                 f"{name}: the saved rounds are {rounds!r:.60}, expected how many are over, at most {self.rounds}, and "
                 "the steps when the last began and now; attach with the rounds it was saved with"
             )
-        if kept is not None and not (
-            isinstance(kept, Mapping) and all(isinstance(each, Tensor) for each in kept.values())
-        ):
-            raise StateError(f"{name}: the saved rewind point is {kept!r:.40}, expected tensors; the file is damaged")
+        if kept is None:
+            return
+        if not isinstance(kept, Mapping) or not all(isinstance(each, str) for each in kept):
+            raise StateError(
+                f"{name}: the saved rewind point is {kept!r:.40}, expected tensors by name; the file is damaged"
+            )
+        _fitting(kept, model)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave."""
@@ -145,8 +150,33 @@ class Rounds:
 
 
 def everything(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers of a model, by plain name, without those of learned gates."""
-    gates = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Gates))
+    """Parameters and buffers of a model, by plain name.
+
+    Without those of learned gates, and the sharpness of thresholds, which follows the steps of the run.
+    """
+    modules = dict(model.named_modules())
+    gates = tuple(f"{name}." for name, module in modules.items() if isinstance(module, Gates))
+    sharpness = {f"{name}.a".lstrip(".") for name, module in modules.items() if isinstance(module, LossySparsifier)}
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if not name.startswith(gates):
+        if not name.startswith(gates) and name not in sharpness:
             yield plain_name(name), tensor
+
+
+def _fitting(kept: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """What was kept of each parameter and buffer of a model, which may be wrapped where the other was not.
+
+    Raises:
+        StateError: There is none of its shape.
+    """
+    by_saved_name = {saved_name(name): value for name, value in kept.items()}
+    found = {}
+    for name, tensor in everything(model):
+        value = kept[name] if name in kept else by_saved_name.get(saved_name(name))
+        if not isinstance(value, Tensor) or value.is_meta or value.shape != tensor.shape:
+            there = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r:.40}"
+            raise StateError(
+                f"{name}: has shape {tuple(tensor.shape)}, and at the rewind point it had {there}; go on with the "
+                "model that was trained, unchanged, or the file is damaged"
+            )
+        found[name] = value
+    return found

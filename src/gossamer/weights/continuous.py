@@ -55,7 +55,7 @@ class ContinuousSparsification(LearnedMethod):
         final_temperature: β at the end of a round, at least 1.
         rounds: Rounds of search, at least 1.
         rewind: Steps of the first round after which weights, buffers and all else are kept for the ticket, from 0 on;
-            `None` to go on with the weights as they are.
+            `None` to go on with the weights as they are. Parameters that are frozen at the end stay as they are.
         length: Optimizer steps of a round.
         every: Steps after which the temperature is raised; with those of an epoch it is as in the paper.
         scaling: `"paper"`, masks as above; `"code"`, masks, also hard ones and those of the penalty, divided by
@@ -151,7 +151,7 @@ class ContinuousSparsification(LearnedMethod):
 
     def due(self, step: int) -> bool:
         """See `Method.due`."""
-        return self._rounds.ended(step)
+        return self._rounds.done < self.rounds and self._rounds.over(step)
 
     def update(self, step: int, state: StateOf) -> Proposal:
         """See `Method.update`: ends the present round, the last one with the ticket, rewound where that was asked for.
@@ -163,7 +163,7 @@ class ContinuousSparsification(LearnedMethod):
             return self._next_round()
         proposal = self.ticket(step, state)
         if self.rewind is not None:
-            back = self.back(step, state)
+            back = self._rounds.back(self._model)
             writes = (proposal.write, back.write)
             proposal.restarted = [*proposal.restarted, *back.restarted]
             proposal.write = lambda: [write() for write in writes if write is not None]
@@ -171,11 +171,7 @@ class ContinuousSparsification(LearnedMethod):
 
     def phases(self) -> dict[str, Callable[..., Proposal]]:
         """See `Method.phases`."""
-        return {
-            "ticket": self.ticket,
-            "checkpoint": self.checkpoint,
-            "rewind": self.back,
-        }
+        return {"ticket": self.ticket} | self._rounds.phases(self._model)
 
     def _next_round(self) -> Proposal:
         """Suppress for good what has no score above 0, and begin the next round with the rest."""
@@ -205,15 +201,6 @@ class ContinuousSparsification(LearnedMethod):
         changes = [Change(tensor, self._mask(tensor.target, kept)) for tensor in self.tensors]
         scores = [each.scores for each in self.scored]
         return Proposal(changes, self._extras(kept), True, scores, lambda: self._write_scores(kept))
-
-    def checkpoint(self, step: int, state: StateOf) -> Proposal:
-        """Make what the model is now the rewind point."""
-        return Proposal([], write=lambda: self._rounds.keep(self._model))
-
-    def back(self, step: int, state: StateOf) -> Proposal:
-        """Rewind the model, all but the scores, to what it was at the rewind point; optimizers begin anew."""
-        restarted = self._rounds.check_restore(self._model)
-        return Proposal([], restarted=restarted, write=lambda: self._rounds.restore(self._model))
 
     def after_step(self, step: int) -> Proposal | None:
         """See `Method.after_step`: keeps the rewind point, raises the temperature, steers the penalty."""
@@ -318,7 +305,7 @@ class ContinuousSparsification(LearnedMethod):
 
     def check_state(self, state: Mapping[str, Any], masks: Mapping[str, Tensor]) -> None:
         """See `Method.check_state`."""
-        self._rounds.check_state(self.name, state)
+        self._rounds.check_state(self.name, state, self._model)
         hard = state.get("hard")
         if not isinstance(hard, bool) or hard != (state["rounds"][0] == self.rounds):
             raise StateError(f"{self.name}: the saved masks are hard: {hard!r:.40}; the file is damaged")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from fractions import Fraction
-from typing import Any
 
 from torch import Tensor
 
 from gossamer.checks import check_integer, check_number
-from gossamer.errors import ConfigurationError, StateError
+from gossamer.errors import ConfigurationError
 from gossamer.method import Proposal, StateOf
 from gossamer.schedule import Periodic, cubic_ramp
 from gossamer.scores import as_score
@@ -66,10 +64,6 @@ class GMP(PruningMethod):
         self._prune(alive, cubic_ramp(step, self.begin, self.end, Fraction(1), Fraction(0)), state)
         return Proposal(self._changes(alive))
 
-    def _start(self, given: list[tuple[Tensor, int]] | None) -> list[tuple[Tensor, int]]:
-        self._ended = False
-        return super()._start(given)
-
     def _prune_first(self, masks: list[tuple[Tensor, int]]) -> list[tuple[Tensor, int]]:
         if not self.initial_sparsity:
             return masks
@@ -83,21 +77,3 @@ class GMP(PruningMethod):
         counts = self._counts(self.initial_sparsity)
         active = prune_to(self.groups, alive, counts, as_score(self.score), lambda _: {}, self.p)
         return list(zip(alive, active, strict=True))
-
-    def state_dict(self) -> dict[str, Any]:
-        """See `Method.state_dict`."""
-        return super().state_dict() | {"ended": self._ended}
-
-    def check_state(self, state: Mapping[str, Any], masks: Mapping[str, Tensor]) -> None:
-        """See `Method.check_state`."""
-        super().check_state(state, masks)
-        if not isinstance(state.get("ended"), bool):
-            raise StateError(
-                f"{self.name}: whether the ramp has ended is saved as {state.get('ended')!r}, expected True or False; "
-                "the file is damaged"
-            )
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See `Method.load_state_dict`."""
-        super().load_state_dict(state)
-        self._ended = state["ended"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from fractions import Fraction
 from typing import Any
@@ -24,12 +24,14 @@ class IMP(PruningMethod):
     with the ticket, usually for as long as a round: a run has `rounds + 1` times `length` steps.
 
     A round ends with the first step after it: that step is left out, since its gradients are of the model before.
+    Weights that are frozen then keep their masks and values. Where they have more than their share after the last
+    round, further ones follow until they are trained again at the end of one, which prunes and rewinds once more.
 
     Args:
         length: Optimizer steps of a round.
         rounds: How often it is pruned, at least 1.
-        rewind: Steps of the first round after which all is kept, from 0 on (the first weights); `None` to go on with
-            the weights as they are.
+        rewind: Steps of the first round after which all is kept, from 0 on (what the model is when attached); `None`
+            to go on with the weights as they are.
 
     See `PruningMethod` for the other arguments; the distribution is `"global"` unless another is given.
     """
@@ -60,22 +62,33 @@ class IMP(PruningMethod):
 
     def check_run(self, steps: int) -> None:
         """See `Method.check_run`."""
-        self._rounds.check_run(steps)
+        self._rounds.check_run(steps, more=1)
 
     def due(self, step: int) -> bool:
         """See `Method.due`."""
-        return self._rounds.ended(step)
+        # After the rounds too where something is left to prune: weights that were frozen when the last one ended.
+        return not self._ended and self._rounds.over(step)
 
     def update(self, step: int, state: StateOf) -> Proposal:
-        """See `Method.update`: ends the present round, if it is not the last."""
-        if self._rounds.done == self.rounds:
-            return Proposal([])
-        restarted = [] if self.rewind is None else self._rounds.check_restore(self._model)
+        """See `Method.update`: ends the present round; after the last one, if there is something left to prune."""
+        over = self._rounds.done == self.rounds
         alive = self._alive()
+        before = self._active(alive)
         self._prune(alive, self._left(self._rounds.done + 1), state)
         self._rounds.end()
-        write = None if self.rewind is None else lambda: self._rounds.restore(self._model)
-        return Proposal(self._changes(alive), {"round": self._rounds.done}, True, restarted, write)
+        self._ended = self._rounds.done == self.rounds and all(self._trained())
+        proposal = Proposal(self._changes(alive), {"round": self._rounds.done})
+        if over and self._active(alive) == before:
+            return proposal
+        if self.rewind is not None:
+            back = self._rounds.back(self._model)
+            proposal.restarted, proposal.write = back.restarted, back.write
+        proposal.skip_step = True
+        return proposal
+
+    def phases(self) -> dict[str, Callable[..., Proposal]]:
+        """See `Method.phases`."""
+        return self._rounds.phases(self._model)
 
     def after_step(self, step: int) -> Proposal | None:
         """See `Method.after_step`: keeps the rewind point."""
@@ -105,7 +118,7 @@ class IMP(PruningMethod):
     def check_state(self, state: Mapping[str, Any], masks: Mapping[str, Tensor]) -> None:
         """See `Method.check_state`."""
         super().check_state(state, masks)
-        self._rounds.check_state(self.name, state)
+        self._rounds.check_state(self.name, state, self._model)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Method.load_state_dict`."""

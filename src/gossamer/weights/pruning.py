@@ -60,6 +60,7 @@ class PruningMethod(MaskMethod):
 
     def _start(self, given: list[tuple[Tensor, int]] | None) -> list[tuple[Tensor, int]]:
         masks = given or [(groups.alive(), groups.total) for groups in self.groups]
+        self._ended = False  # whether nothing is left to prune
         self._to = self._counts(self.sparsity)
         if given is None:
             masks = self._prune_first(masks)
@@ -119,7 +120,7 @@ class PruningMethod(MaskMethod):
 
     def state_dict(self) -> dict[str, Any]:
         """See `Method.state_dict`."""
-        return super().state_dict() | {"first": self._from}
+        return super().state_dict() | {"first": self._from, "ended": self._ended}
 
     def check_state(self, state: Mapping[str, Any], masks: Mapping[str, Tensor]) -> None:
         """See `Method.check_state`."""
@@ -129,11 +130,17 @@ class PruningMethod(MaskMethod):
         listed = first if isinstance(first, list) else []
         if len(listed) != len(self._from) or any(type(n) is not int or not 0 < n <= most for n in listed):
             raise StateError(
-                f"{self.name}: the saved start of the ramp is {first!r}, expected the active groups of "
+                f"{self.name}: the saved start of pruning is {first!r}, expected the active groups of "
                 f"{len(self._from)} tensors; the file is damaged, or its distribution was not {self.distribution!r}"
+            )
+        if not isinstance(state.get("ended"), bool):
+            raise StateError(
+                f"{self.name}: whether pruning has ended is saved as {state.get('ended')!r}, expected True or False; "
+                "the file is damaged"
             )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Method.load_state_dict`."""
         super().load_state_dict(state)
         self._from = list(state["first"])
+        self._ended = state["ended"]
