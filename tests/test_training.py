@@ -261,6 +261,9 @@ def test_rounds_are_driven_by_the_recipe_and_told_of_every_epoch(tmp_path):
     assert [each["continuous.temperature"] for each in history[1:4:2]] == [200.0, 200.0]
     assert [each["sparsity"] > 0 for each in history] == [False] * 4 + [True] * 2
     assert ["hard_validation_accuracy" in each for each in history] == [True] * 4 + [False] * 2
+    for each in history[:4]:
+        assert each["validation_gap"] == each["validation_accuracy"] - each["hard_validation_accuracy"]
+    assert any(each["validation_gap"] for each in history[:4])
     densities = [each["continuous.hard_density"] for each in history]
     assert densities[4] == densities[5] == pytest.approx(1 - result.sparsity)
     assert densities[3] > densities[4] - 1e-6

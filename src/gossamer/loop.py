@@ -124,14 +124,16 @@ class Run:
             self.scheduler.step()
         self.epoch += 1
         metrics = {"epoch": self.epoch, "step": self.sparsity.step} | _named("train", trained)
-        hard = {}
+        soft, hard = self.measure("validation"), {}
         if self.hardens:
             with self.sparsity.hardened():
                 hard = {f"hard_{name}": value for name, value in self.measure("validation").items()}
+            if self.validation is not None and not self.text:
+                hard["validation_gap"] = soft["validation_accuracy"] - hard["hard_validation_accuracy"]
         methods = {f"{m.name}.{name}": value for m in self.sparsity.methods for name, value in m.metrics().items()}
         return (
             metrics
-            | self.measure("validation")
+            | soft
             | hard
             | methods
             | {

@@ -235,6 +235,79 @@ def test_every_kind_of_layer_acts_with_its_gated_weight(row: LearnedRow) -> None
     copy.deepcopy(model)
 
 
+STRUCTURES: dict[str, Callable[[Tensor], list[Tensor]]] = {  # the dimensions of a group's weights, last
+    "filter": lambda m: [m.flatten(1)],
+    "channel": lambda m: [m.transpose(0, 1).flatten(1)],
+    "kernel": lambda m: [m.flatten(2).flatten(0, 1)],
+    "block:2x4": lambda m: [m.unfold(0, 2, 2).unfold(1, 4, 4).flatten(0, -3).flatten(1)],
+    "filter*block:2x4": lambda m: [m.unfold(1, 4, 4).flatten(0, -2)],
+}
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_weights_of_a_group_live_or_die_together_by_one_score(structure: str) -> None:
+    model = nn.Sequential(nn.Conv2d(8, 4, 3, bias=False))
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    method = gs.ContinuousSparsification(rounds=1, length=1, structure=structure)
+    sparsity = gs.attach(model, method, optimizer)
+    (scores,) = (p for name, p in model.named_parameters() if ".scores." in name)
+    scores.data.copy_(torch.arange(len(scores)) % 3 - 1.0)
+    sparsity.update("ticket")
+    (groups,) = STRUCTURES[structure](sparsity.masks()["0.weight"])
+    assert len(groups) == len(scores)
+    assert (groups.all(1) | ~groups.any(1)).all()
+    assert int(groups.any(1).sum()) == sum(i % 3 == 2 for i in range(len(scores)))
+
+
+@pytest.mark.parametrize("make", [lambda: nn.LSTM(6, 8, num_layers=2), lambda: nn.GRU(6, 8), lambda: nn.RNN(6, 8)])
+def test_a_hidden_unit_has_one_score_for_its_weights_in_all_gates_and_layers(make: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = make()
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    sparsity = gs.attach(model, gs.ContinuousSparsification(rounds=1, length=1, structure="iss"), optimizer)
+    scores = sparsity.param_groups()[0]["params"]
+    assert [len(each) for each in scores] == [8] * (2 if isinstance(model, nn.LSTM) else 1)
+    for each in scores:
+        each.data.copy_(torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0, 1.0, 1.0, 1.0]))
+    sparsity.update("ticket")
+    lives = scores[0] > 0
+    for name, mask in sparsity.masks().items():
+        rows = mask.view(-1, 8, mask.shape[1])
+        own_columns = name != "weight_ih_l0"
+        expected = lives[None, :, None] & (
+            lives[None, None, :] if own_columns else torch.ones(1, 1, 6, dtype=torch.bool)
+        )
+        assert rows.equal(expected.expand_as(rows)), name
+    model(torch.randn(3, 2, 6))[0].sum().backward()
+    optimizer.step()
+    sparsity.finalize()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_under_a_ticket_pruned_weights_stay_zero_whatever_they_and_their_gradients_are(optimizer: str) -> None:
+    row = LEARNED[0]
+    runs = [Run(row.make(), optimizer, row.scatter).train(row.steps) for _ in range(2)]
+    for number, run in enumerate(runs):
+        masks = run.sparsity.masks()
+        run.model.zero_grad()
+        x = torch.randn(8, 4, 4, 4, generator=torch.Generator().manual_seed(3))
+        run.model(x).square().sum().backward()
+        for name, mask in masks.items():
+            owner, _, attribute = name.rpartition(".")
+            weight = run.model.get_submodule(owner).parametrizations[attribute].original
+            if number:
+                pruned = int((~mask).sum())
+                weight.data[~mask] = torch.tensor([float("nan"), float("inf"), -0.0, 1.0]).repeat(pruned)[:pruned]
+                weight.grad[~mask] = -3.0
+        run.optimizer.step()
+        for name, mask in masks.items():
+            owner, _, attribute = name.rpartition(".")
+            weight = run.model.get_submodule(owner).parametrizations[attribute].original
+            assert not bits(weight)[~mask].any()
+    weights = [[p for name, p in run.model.named_parameters() if ".scores." not in name] for run in runs]
+    assert all(a.equal(b) for a, b in zip(*weights, strict=True))
+
+
 @pytest.mark.parametrize("row", ROWS)
 def test_what_cannot_have_gates_is_refused_and_nothing_has_changed(row: LearnedRow) -> None:
     name = row.method.__name__
