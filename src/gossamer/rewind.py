@@ -54,10 +54,10 @@ class Rounds:
 
     def check_run(self, steps: int, more: int = 0) -> None:
         """Raise a ConfigurationError where a run of so many steps is over before the last round, and `more` steps."""
-        if steps < (needed := self.rounds * self.length + more):
+        if steps < (needed := self.rounds * self.length) + more:
             raise ConfigurationError(
-                f"length: {self.rounds} rounds of {self.length} steps"
-                + (f" and the first step after them are {needed}" if more else f" are {needed}")
+                f"length: {self.rounds} rounds of {self.length} steps are {needed}"
+                + (f", which end with step {needed + more}" if more else "")
                 + f", and the run has {steps}; make it longer, or the rounds shorter or fewer"
             )
 
