@@ -173,5 +173,5 @@ def _measures(metrics: Mapping[str, Any]) -> str:
     bits = metrics.get("train_bits_per_character")
     loss = f"loss {metrics['train_loss']:.3f}" if bits is None else f"{bits:.3f} bits"
     hard = next((value for name, value in metrics.items() if name.endswith(".hard_density")), None)
-    beside = "" if hard is None else f" (hard {100 - 100 * hard:.1f} %)"
+    beside = "" if hard is None or 1 - hard <= metrics["sparsity"] else f" (hard {100 - 100 * hard:.1f} %)"
     return f"{loss}  accuracy {accuracy:.1f} %  sparsity {sparsity:.1f} %{beside}"
