@@ -43,35 +43,9 @@ from gossamer import data
 from gossamer.recipe import Recipe
 from gossamer.training import train
 from jobs import complete, spread
+from networks import NETWORKS, TITLES
 
-NETWORKS: dict[str, dict[str, Any]] = {
-    "lenet": {
-        "data": {"name": "fashion_mnist", "batch_size": 128},
-        "model": {"name": "lenet"},
-        "optimizer": {"name": "SGD", "lr": 0.05, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4},
-        "schedule": {"type": "cosine"},
-        "epochs": 12,
-        "clip_grad_norm": 5.0,
-        "threads": 1,
-    },
-    "cifar_resnet": {
-        "data": {
-            "name": "cifar10",
-            "batch_size": 64,
-            "validation": 1000,
-            "train": 10_000,
-            "augment": {"crop": 4, "padding": "reflect", "flip": True},
-        },
-        "model": {"name": "cifar_resnet", "depth": 20},
-        "optimizer": {"name": "SGD", "lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 5e-4},
-        "schedule": {"type": "cosine", "warmup": 1},
-        "epochs": 20,
-        "precision": "bf16",
-        "channels_last": True,
-        "clip_grad_norm": 5.0,
-        "threads": 1,
-    },
-}
+EPOCHS = {"lenet": 12, "cifar_resnet": 20}
 SEEDS = {"lenet": (1, 2, 3), "cifar_resnet": (1,)}
 LEARNED = {
     "type": "lossy_threshold",
@@ -111,7 +85,8 @@ def recipe(network: str, method: str, strength: float) -> Recipe:
     """The recipe of a run."""
     chosen = METHODS[method]
     methods = [] if chosen is None else [chosen | {"strength": strength}]
-    return Recipe.model_validate(NETWORKS[network] | {"methods": methods})
+    shared = {"epochs": EPOCHS[network], "clip_grad_norm": 5.0}
+    return Recipe.model_validate(NETWORKS[network] | shared | {"methods": methods})
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
@@ -252,7 +227,7 @@ def markdown(rows: list[dict[str, Any]], command: str) -> str:
         if not own:
             continue
         on_front = [id(row) for row in pareto(rows, network)]
-        name = "LeNet, Fashion-MNIST" if network == "lenet" else "ResNet-20, 10,000 images of CIFAR-10"
+        name = TITLES[network]
         lines += ["", f"## {name}", "", "★: no other row has both more zeros and a better accuracy.", ""]
         lines += ["| method | strength | soft | hard | zeros | saved | |", "|---|---|---|---|---|---|---|"]
         for row in own:
@@ -286,7 +261,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         axis.axhline(top, color="black", linestyle=":", linewidth=1)
         axis.set_ylim(top - (8 if network == "lenet" else 20), top + (1 if network == "lenet" else 3))
         axis.set_xlabel("zeros in what ReLUs give, %")
-        axis.set_title("LeNet, Fashion-MNIST" if network == "lenet" else "ResNet-20, 10,000 images of CIFAR-10")
+        axis.set_title(TITLES[network])
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("test accuracy of the finished model, %")
     axes[0][0].legend(frameon=False, fontsize=8, loc="lower left")

@@ -85,7 +85,12 @@ def refusal(*changes: tuple[str, str]) -> str:
         ("every: 20", "every: {periods: {1: 9}}", "t.yaml:17: methods.0.every:", "from epoch 0"),
         ("end: 75%", "end: 175%", "t.yaml:20: methods.1.end:", "got '175%'"),
         ("    end: 75%\n", "", "t.yaml:18: methods.1:", "gmp needs 'end'"),
-        ("type: gmp", "type: gpm", "t.yaml:18: methods.1.type:", "did you mean 'gmp'?; allowed are dsr, gmp"),
+        (
+            "type: gmp",
+            "type: gpm",
+            "t.yaml:18: methods.1.type:",
+            "did you mean 'gmp'?; allowed are continuous, dsr, gmp",
+        ),
         ("    end: 75%", "    end: 500\n    begin: 600", "t.yaml:", "methods.1"),
         ("description: a test", "seeds: [1, 1]", "t.yaml:1: seeds:", "given twice"),
         ("description: a test", "seeds: []", "t.yaml:1: seeds:", "at least 1"),
@@ -399,7 +404,15 @@ def test_every_optimizer_can_be_named(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_can_be_named(name):
-    arguments = {"gmp": "sparsity: 0.5, end: 50%", "lossy_threshold": "strength: 0.5"}.get(name, "sparsity: 0.5")
+    needed = {
+        "continuous": "length: 50%",
+        "gmp": "sparsity: 0.5, end: 50%",
+        "hard_concrete": "penalty: 0.1",
+        "imp": "sparsity: 0.5, length: 2 epochs",
+        "lossy_threshold": "strength: 0.5",
+        "str": "penalty: 0.1",
+    }
+    arguments = needed.get(name, "sparsity: 0.5")
     recipe = parse_recipe("t", TEXT, [f"methods=[{{type: {name}, {arguments}}}]"])
     assert type(recipe.build_methods(100, 10, 0)[0]) is METHODS[name]
 

@@ -29,7 +29,15 @@ METHODS = {
 }
 
 LEARNED = "{type: lossy_threshold, strength: 0.3, eps: 0.3, norm: 'l0:0.05', double_at: [1 epoch, 50%]}"
-COMBINED = METHODS | {"thresholds": LEARNED, "dsr and thresholds": f"{METHODS['dsr']}, {LEARNED}"}
+COMBINED = METHODS | {
+    "imp": "{type: imp, sparsity: 0.9, rounds: 2, length: 1 epoch, rewind: 5}",
+    "thresholds": LEARNED,
+    "dsr and thresholds": f"{METHODS['dsr']}, {LEARNED}",
+    "continuous": "{type: continuous, rounds: 2, length: 1 epoch, rewind: 5, lr: 1.0}",
+    "steered": "{type: continuous, sparsity: 0.8, rounds: 1, length: 2 epochs, rewind: 1 epoch, lr: 1.0}",
+    "hard_concrete": "{type: hard_concrete, penalty: 1.0e-4}",
+    "str": "{type: str, initial_value: -5.0, penalty: 0.01}",
+}
 
 
 def small(*overrides: str) -> Recipe:
@@ -243,6 +251,34 @@ def test_weights_and_activations_are_sparse_in_one_compiled_run_that_was_interru
     assert {type(parts.model.relu1), type(parts.model.relu2)} == {FATReLU}
     assert not any(module._forward_hooks for module in parts.model.modules())
     assert (whole.test_accuracy, whole.activations) == (parts.test_accuracy, parts.activations)
+
+
+def test_rounds_are_driven_by_the_recipe_and_told_of_every_epoch(tmp_path):
+    recipe = small("epochs=6", f"methods=[{COMBINED['continuous'].replace('1 epoch', '2 epochs')}]")
+    result = train(recipe, tmp_path / "run", progress=False)
+    history = result.history
+    assert [each["continuous.rounds_done"] for each in history] == [0, 0, 1, 1, 2, 2]
+    assert [each["continuous.temperature"] for each in history[1:4:2]] == [200.0, 200.0]
+    assert [each["sparsity"] > 0 for each in history] == [False] * 4 + [True] * 2
+    assert ["hard_validation_accuracy" in each for each in history] == [True] * 4 + [False] * 2
+    for each in history[:4]:
+        assert each["validation_gap"] == each["validation_accuracy"] - each["hard_validation_accuracy"]
+    assert any(each["validation_gap"] for each in history[:4])
+    densities = [each["continuous.hard_density"] for each in history]
+    assert densities[4] == densities[5] == pytest.approx(1 - result.sparsity)
+    assert densities[3] > densities[4] - 1e-6
+    assert result.soft_validation_accuracy is None
+    (first, ticket) = lines(tmp_path / "run" / "updates.jsonl")
+    assert (first["step"], first["rows"], ticket["step"]) == (2 * 21 + 1, [], 4 * 21 + 1)
+    assert sum(row["active"] for row in ticket["rows"]) == result.summary.totals["targets_active"]
+
+
+def test_a_search_that_ends_with_the_run_is_made_hard_at_its_end():
+    plan = COMBINED["steered"].replace("2 epochs", "4 epochs")
+    result = train(small(f"methods=[{plan}]"), progress=False)
+    assert result.sparsity == pytest.approx(0.8, abs=1e-4)
+    assert result.soft_test_accuracy is not None
+    assert result.activations is None
 
 
 def test_a_run_without_anything_soft_has_one_accuracy():
@@ -489,6 +525,13 @@ def test_the_learning_rate_follows_the_schedule():
     assert equal(weights(per_epoch.model), weights(per_step.model))
 
 
+def test_a_schedule_with_a_cycle_begins_anew():
+    schedule = "{type: multistep, milestones: [2], gamma: 0.5, cycle: 3, warmup: 0.5}"
+    rates = [each["lr"] for each in train(small("epochs=6", f"schedule={schedule}"), progress=False).history]
+    assert rates[:3] == rates[3:]
+    assert rates[0] < rates[1] == 2 * rates[2]
+
+
 def test_gradients_are_clipped(monkeypatch):
     free = train(small("optimizer={name: SGD, lr: 1.0}", "schedule={type: constant}", "epochs=1"), progress=False)
     tiny = train(
@@ -564,6 +607,12 @@ def test_a_run_that_diverges_stops_and_keeps_its_last_good_epoch(tmp_path):
         ("model.width=1e13", "model.width: mnist_mlp .*can't allocate memory"),
         ("model.width=1e30", "model.width: mnist_mlp .*Overflow"),
         ("optimizer={name: Muon, lr: 0.1}", "optimizer: Muon: .*2D"),
+        (
+            "methods=[{type: continuous, length: 3 epochs}]",
+            "methods.0.length: .*2 rounds of 63 steps are 126, .*has 84",
+        ),
+        ("methods=[{type: imp, sparsity: 0.9, length: 40}]", "methods.0.length: .*3 rounds of 40 steps are 120"),
+        ("methods=[{type: continuous, length: 9, rewind: 50%}]", "methods.0.rewind: .*step 42, which is never reached"),
         ("methods=[{type: set, sparsity: 0.9}, {type: set, sparsity: 0.5}]", "methods: .*belongs to both"),
     ],
 )

@@ -5,6 +5,7 @@ from importlib.metadata import version
 from gossamer import nn, penalties, schedule, scores
 from gossamer.activations import ActivationMeasurements, ActivationSparsifier, LossyThreshold, measure_activations
 from gossamer.attach import Sparsity, attach
+from gossamer.compat.cs import MaskedNet, SoftMaskedConv2d, SoftMaskedLinear
 from gossamer.compat.dst import DSModel
 from gossamer.compat.lossy import SparseLoss
 from gossamer.errors import (
@@ -20,34 +21,41 @@ from gossamer.nn import LossyHardSparsifier, LossySparsifier
 from gossamer.prune import import_torch_masks, prune
 from gossamer.structure import ISS, NM, Block, Element
 from gossamer.summary import Summary
-from gossamer.weights import DSR, GMP, SET, RigL, Static
+from gossamer.weights import DSR, GMP, IMP, SET, STR, ContinuousSparsification, HardConcrete, RigL, Static
 
 __version__ = version("gossamer")
 
 __all__ = [
     "DSR",
     "GMP",
+    "IMP",
     "ISS",
     "NM",
     "SET",
+    "STR",
     "ActivationMeasurements",
     "ActivationSparsifier",
     "Block",
     "Change",
     "ConfigurationError",
+    "ContinuousSparsification",
     "DSModel",
     "DataError",
     "Element",
     "GossamerError",
+    "HardConcrete",
     "LossyHardSparsifier",
     "LossySparsifier",
     "LossyThreshold",
     "MaskUpdate",
+    "MaskedNet",
     "Method",
     "NonFiniteError",
     "OrderError",
     "Proposal",
     "RigL",
+    "SoftMaskedConv2d",
+    "SoftMaskedLinear",
     "SparseLoss",
     "Sparsity",
     "StateError",

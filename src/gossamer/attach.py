@@ -6,11 +6,12 @@ module with the same keys. Those of a `gossamer.targets.ComputedWeight` act ther
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import logging
 import zlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -200,13 +201,29 @@ class Sparsity:
     def penalty(self) -> Tensor:
         """Sum of the methods' loss terms for this step, 0-dim; 0 where no method has one, and after the end."""
         methods = self.methods if self._hooks.attached else ()
-        terms = [term for method in methods if (term := method.penalty()) is not None]
+        terms = [term for method in methods if (term := method.loss_term()) is not None]
         if terms:
             return torch.stack(terms).sum()
         device = next((p.device for p in self._model.parameters()), None)
         return torch.zeros((), device=device)
 
     # -- masks ---------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def hardened(self) -> Iterator[None]:
+        """Within this, outputs are those that `finalize` would leave now: soft masks and thresholds act as hard ones.
+
+        For an evaluation in the midst of training; nothing has changed afterwards.
+        """
+        self._require_attached()
+        self._reshard()
+        with contextlib.ExitStack() as stack:
+            for method in self.methods:
+                stack.enter_context(method.hardened())
+            try:
+                yield
+            finally:
+                self._reshard()  # an evaluation left whole scores in the model, and shards are to be put back
 
     @property
     def step(self) -> int:

@@ -53,7 +53,9 @@ class Lines(Display):
         if metrics.get("validation_bits_per_character") is not None:
             parts.append(f"validation {metrics['validation_bits_per_character']:.3f} bits")
         elif metrics.get("validation_accuracy") is not None:
-            parts.append(f"validation {100 * metrics['validation_accuracy']:.1f} %")
+            hard = metrics.get("hard_validation_accuracy")
+            beside = "" if hard is None else f" (hard {100 * hard:.1f} %)"
+            parts.append(f"validation {100 * metrics['validation_accuracy']:.1f} %{beside}")
         self._console.print("  ".join([*parts, f"{metrics['seconds']:.1f} s"]), highlight=False, soft_wrap=True)
 
 
@@ -130,7 +132,7 @@ def print_results(console: Console, results: Sequence[Result]) -> None:
         ("validation bits per character", (1, 3, ""), [each.validation_bits_per_character for each in results]),
         ("test accuracy", percent, [each.test_accuracy for each in results]),
         ("validation accuracy", percent, [each.validation_accuracy for each in results]),
-        ("test accuracy before thresholds were hard", percent, [each.soft_test_accuracy for each in results]),
+        ("test accuracy before what was soft became hard", percent, [each.soft_test_accuracy for each in results]),
         ("zeros in activations", percent, [(each.activations or {}).get("sparsity") for each in results]),
         ("MACs that they save", percent, [(each.activations or {}).get("saved") for each in results]),
         ("sparsity of masked weights", percent, [each.sparsity if each.summary.rows else None for each in results]),
@@ -170,4 +172,6 @@ def _measures(metrics: Mapping[str, Any]) -> str:
     accuracy, sparsity = 100 * metrics["train_accuracy"], 100 * metrics["sparsity"]
     bits = metrics.get("train_bits_per_character")
     loss = f"loss {metrics['train_loss']:.3f}" if bits is None else f"{bits:.3f} bits"
-    return f"{loss}  accuracy {accuracy:.1f} %  sparsity {sparsity:.1f} %"
+    hard = next((value for name, value in metrics.items() if name.endswith(".hard_density")), None)
+    beside = "" if hard is None or 1 - hard <= metrics["sparsity"] else f" (hard {100 - 100 * hard:.1f} %)"
+    return f"{loss}  accuracy {accuracy:.1f} %  sparsity {sparsity:.1f} %{beside}"

@@ -5,7 +5,8 @@ Methods rank, drop and grow groups: one flat vector for each `Groups`, whatever 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,9 @@ from gossamer.masks import Change, MaskedTensor
 from gossamer.scores import Score, StateOf, View
 from gossamer.structure import Division, Element, Layout, Structure
 from gossamer.targets import Target, local
+
+Spread = Callable[[Tensor], Tensor]
+"""Lays values of all groups, one each, over a whole weight: a factor for each of its elements, in its shape."""
 
 
 class Groups:
@@ -75,6 +79,13 @@ class Groups:
     def expand(self, alive: Tensor) -> dict[str, Tensor]:
         """Mask of this rank's groups → masks of its weights, by name."""
         return {self.name: self._division.expand(alive, len(self.tensors[0].mask), self._layout)}
+
+    def spreads(self) -> dict[str, Spread]:
+        """How values of groups act on each weight that has some of its elements in them, by the weight's name.
+
+        Differentiable; nothing of a spread depends on the masks, or on how weights are sharded.
+        """
+        return {self.name: partial(self._division.expand, rows=self.shape[0], layout=self._layout)}
 
     def scores(self, score: Score, state: StateOf, p: float = 2.0, index: Tensor | None = None) -> Tensor:
         """Scores of groups: the Lp-norm of the scores of their weights, their sum where the score is `signed`.

@@ -106,6 +106,8 @@ def check_unwrapped(model: nn.Module) -> None:
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     if isinstance(model, wrappers) or hasattr(model, "_orig_mod"):
         raise OrderError(f"model: is already wrapped ({type(model).__name__}); {ORDER}")
+    if (compiled := next((n for n, m in model.named_modules() if m._compiled_call_impl is not None), None)) is not None:
+        raise OrderError(f"{compiled or 'model'}: is already compiled, by its method `compile`; {ORDER}")
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             raise OrderError(f"{name}: is already sharded; {ORDER}")

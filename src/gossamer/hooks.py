@@ -150,8 +150,11 @@ class StepHooks:
 
     def _apply(self, method: Method, proposal: Proposal) -> MaskUpdate:
         for each in self.optimizers:
-            for parameter in proposal.restarted:
-                each.state.pop(parameter, None)
+            optimizers.restart(each, proposal.restarted)
+        if proposal.write is not None:
+            proposal.write()
+            for tensor in self.tensors():
+                tensor.enforce()
         tensors = [change.tensor for change in proposal.changes]
         before = [tensor.active for tensor in tensors]
         counts = []

@@ -14,14 +14,18 @@ class _Schedule(Section):
     """A learning rate over the run, as a factor of the optimizer's.
 
     The factor is set before every optimizer step or before every epoch (`per`). During the first `warmup` epochs it
-    rises in equal steps to its full value, which the first step after them is the last to reach.
+    rises in equal steps to its full value, which the first step after them is the last to reach. After every `cycle`
+    epochs, such as those of a round of pruning, the schedule begins anew.
     """
 
     warmup: Annotated[float, Field(ge=0)] = 0.0
     per: Literal["step", "epoch"] = "step"
+    cycle: Annotated[int, Field(ge=1)] | None = None
 
     def factor(self, count: int, units: int, epochs: int) -> float:
         """The factor before unit `count` (from 0), where an epoch has `units` of them: its steps, or 1."""
+        if self.cycle is not None:
+            count, epochs = count % (self.cycle * units), self.cycle
         warmup = self.warmup * units
         rise = min((count + 1) / warmup, 1.0) if warmup > 0 else 1.0
         past = max(count - warmup, 0.0) / max(epochs * units - warmup, 1.0)

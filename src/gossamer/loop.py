@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from gossamer import data, zoo
+from gossamer.activations import METHODS as ACTIVATION_METHODS
 from gossamer.activations import measure_activations
 from gossamer.attach import Sparsity, attach
 from gossamer.console import Display
@@ -58,8 +59,7 @@ class Run:
         torch.manual_seed(seed)
         self.model = self._build_model(dataset)
         self.sparsity = self._attach(methods)
-        self._warn_of_idle()
-        self.hardens = any(method.hardens for method in methods)
+        self._check_length()
         self.sparsity.on_update(self._note_update)
         self.forward: nn.Module = self.accelerator.prepare(self.model)
         if recipe.compile:
@@ -74,11 +74,20 @@ class Run:
         units = self.steps_per_epoch if recipe.schedule.per == "step" else 1
         self.scheduler = LambdaLR(self.optimizer, lambda count: recipe.schedule.factor(count, units, recipe.epochs))
 
-    def _warn_of_idle(self) -> None:
-        """Warn of methods whose first update would come after the last step."""
+    @property
+    def hardens(self) -> bool:
+        """Whether `finalize` would change outputs now."""
+        return any(method.hardens for method in self.sparsity.methods)
+
+    def _check_length(self) -> None:
+        """Refuse methods that need a longer run; warn of those whose first update would come after its last step."""
         steps = self.steps_per_epoch * self.recipe.epochs
         for i, method in enumerate(self.sparsity.methods):
-            periodic = type(method).due is not Method.due
+            try:
+                method.check_run(steps)
+            except ConfigurationError as error:
+                raise self.recipe.method_error(i, error) from None
+            periodic = type(method).due is not Method.due and not method.learns
             if periodic and not any(method.due(step) for step in range(1, steps + 1)):
                 what = f"{method.name} never updates its masks in this run of {steps} steps; give a shorter period"
                 logger.warning("%s", self.recipe.error(("methods", i), what))
@@ -115,9 +124,18 @@ class Run:
             self.scheduler.step()
         self.epoch += 1
         metrics = {"epoch": self.epoch, "step": self.sparsity.step} | _named("train", trained)
+        soft, hard = self.measure("validation"), {}
+        if self.hardens:
+            with self.sparsity.hardened():
+                hard = {f"hard_{name}": value for name, value in self.measure("validation").items()}
+            if self.validation is not None and not self.text:
+                hard["validation_gap"] = soft["validation_accuracy"] - hard["hard_validation_accuracy"]
+        methods = {f"{m.name}.{name}": value for m in self.sparsity.methods for name, value in m.metrics().items()}
         return (
             metrics
-            | self.measure("validation")
+            | soft
+            | hard
+            | methods
             | {
                 "sparsity": 1 - self.sparsity.density(),
                 "lr": lr,
@@ -172,8 +190,12 @@ class Run:
         return found
 
     def measure_activations(self) -> dict[str, Any] | None:
-        """Totals of `gossamer.measure_activations` on the test images; None for text, and for several processes."""
-        if self.text or self.accelerator.num_processes > 1:
+        """Totals of `gossamer.measure_activations` on the test images, where a method makes activations sparse.
+
+        None for text, and for several processes.
+        """
+        makes_sparse = any(method.name in ACTIVATION_METHODS for method in self.sparsity.methods)
+        if not makes_sparse or self.text or self.accelerator.num_processes > 1:
             return None
         found = measure_activations(self.model, self.test, forward=lambda _, batch: self._predict(batch[0], None))
         return found.totals

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -33,12 +34,14 @@ class Proposal:
         extras: Numbers worth recording, such as a threshold.
         skip_step: Whether the step of all optimizers is left out after this update.
         restarted: Parameters, masked or not, that begin anew as a whole: their optimizer state is dropped.
+        write: Writes what else changes, such as weights that are rewound; called before masks are put in force.
     """
 
     changes: list[Change]
     extras: dict[str, float] = field(default_factory=dict)
     skip_step: bool = False
     restarted: Sequence[nn.Parameter] = ()
+    write: Callable[[], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class Method(ABC):
             masks become hard in the course of training.
         masks_from_weights: Whether the first masks depend on the weights, which ranks could have made differently.
         over_all: Whether its budget is a fraction of all parameters of the model, so that no other method fits beside.
-        hardens: Whether `finalize` changes outputs, since something smooth becomes hard.
+        hardens: Whether `finalize` would change outputs now, since something smooth becomes hard.
         learns: Whether it adds parameters to the model, which `param_groups` lists.
         steps: Names of the arguments that count optimizer steps: a recipe may give them as parts of training.
     """
@@ -76,7 +79,7 @@ class Method(ABC):
     tensors: Sequence[MaskedTensor] = ()
     masks_from_weights: bool = False
     over_all: bool = False
-    hardens: ClassVar[bool] = False
+    hardens: bool = False
     learns: ClassVar[bool] = False
     steps: ClassVar[tuple[str, ...]] = ("begin", "end", "every", "until")
 
@@ -109,13 +112,24 @@ class Method(ABC):
         """
         return []
 
-    def penalty(self) -> Tensor | None:
+    def loss_term(self) -> Tensor | None:
         """This method's term of the loss of the present step."""
         return None
 
     def due(self, step: int) -> bool:
         """Whether masks change with this optimizer step (the first is 1)."""
         return False
+
+    def hardened(self) -> AbstractContextManager[None]:
+        """Within this, outputs are those that `finalize` would leave now."""
+        return nullcontext()
+
+    def check_run(self, steps: int) -> None:
+        """Raise ConfigurationError where a run of so many optimizer steps cannot do what was asked for."""
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers worth recording at the end of an epoch, such as a temperature."""
+        return {}
 
     def phases(self) -> dict[str, Callable[..., Proposal]]:
         """What can be run by hand besides `update`, by name: called as it, and with the arguments that are given."""

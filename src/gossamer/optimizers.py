@@ -112,6 +112,19 @@ def refresh(
             enforce(part, kept)
 
 
+def restart(optimizer: optim.Optimizer, restarted: Iterable[Tensor]) -> None:
+    """Drop an optimizer's state of parameters, so that they begin anew."""
+    dropped = {parameter: state for parameter in restarted if (state := optimizer.state.pop(parameter, None))}
+    if not dropped or not isinstance(optimizer, optim.SGD):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group.get("fused") else ():
+            # Where parameters have no momentum, fused SGD fails if others have some, and leaves it uninitialised if
+            # the gradients overflow. With zeros their first step is that of a new optimizer, but for dampening.
+            if parameter in dropped and isinstance(momentum := dropped[parameter].get("momentum_buffer"), Tensor):
+                optimizer.state[parameter] = {"momentum_buffer": torch.zeros_like(momentum)}
+
+
 def forget_pruned(tensor: MaskedTensor, state: Mapping[str, Any]) -> None:
     """Zero the state of pruned weights, for optimizers where it would move active ones."""
     for _, part in _weightwise(tensor, state):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+import torch
+import torch._dynamo
 from torch import nn
 
 from gossamer.checks import closest
@@ -67,6 +69,17 @@ def called_modules(model: nn.Module) -> dict[str, nn.Module]:
         and not any(name.startswith(f"{each}.") for each in silent)
         and "parametrizations" not in name.split(".")
     }
+
+
+def see_hooks() -> None:
+    """Have compiled models run hooks that are put on modules from now on.
+
+    By default `torch.compile` does not look whether a module has other hooks than one of the same class that it
+    compiled before, or than itself then, and runs the code without them.
+    """
+    if getattr(torch._dynamo.config, "skip_nnmodule_hook_guards", False):
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
+        torch.compiler.reset()
 
 
 def select_sites(

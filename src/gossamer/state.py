@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gossamer.errors import StateError
@@ -87,7 +88,7 @@ def check(methods: Sequence[Method], state: Mapping[str, Any]) -> None:
                 )
         method.check_state(each["state"], _check_masks(method, state))
         _check_masks(method, state, "begun")
-    claimed = {_strip(target.name) for method in methods for target in method.claims()}
+    claimed = {saved_name(target.name) for method in methods for target in method.claims()}
     if unknown := sorted(set(_by_name(state["masks"])) - claimed):
         raise StateError(f"sparsity state: has a mask of {unknown[0]}, which no attached method masks; attach the same")
 
@@ -112,11 +113,27 @@ def restore(methods: Sequence[Method], state: Mapping[str, Any]) -> None:
         method.load_state_dict(each["state"])
     tensors = [tensor for method in methods for tensor in method.tensors]
     for tensor in tensors:
-        late = begun.get(_strip(tensor.name))
+        late = begun.get(saved_name(tensor.name))
         tensor.begun = None if late is None else unpack_like(late, tensor)
-        tensor.mask.copy_(unpack_like(masks[_strip(tensor.name)], tensor))
+        tensor.mask.copy_(unpack_like(masks[saved_name(tensor.name)], tensor))
         tensor.enforce()
     count_active(tensors)
+
+
+def check_random(name: str, saved: object, generator: torch.Generator) -> None:
+    """Raise a StateError unless this is a random state that the generator can take; `name` is the method's."""
+    now = generator.get_state()
+    if not isinstance(saved, Tensor) or saved.dtype != now.dtype or saved.shape != now.shape:
+        raise StateError(f"{name}: the saved state has no random state; it is not one of this method")
+    try:
+        torch.Generator().set_state(saved.cpu())
+    except (RuntimeError, NotImplementedError) as error:
+        raise StateError(f"{name}: the saved random state is damaged ({error}); use an earlier file") from None
+
+
+def saved_name(name: str) -> str:
+    """A name without what wrappers add, by which the states of wrapped and plain models agree."""
+    return plain_name(name).removeprefix("module.")
 
 
 def _check_masks(method: Method, state: Mapping[str, Any], part: str = "masks") -> dict[str, Tensor]:
@@ -124,7 +141,7 @@ def _check_masks(method: Method, state: Mapping[str, Any], part: str = "masks") 
     masks, shapes = _by_name(state[part]), _by_name(state["shapes"])
     found = {}
     for each in method.holdings():
-        mask, listed = masks.get(_strip(each.name)), shapes.get(_strip(each.name))
+        mask, listed = masks.get(saved_name(each.name)), shapes.get(saved_name(each.name))
         if mask is None:
             continue
         here = each.shape
@@ -140,16 +157,12 @@ def _check_masks(method: Method, state: Mapping[str, Any], part: str = "masks") 
 
 
 def _by_name(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {_strip(name): value for name, value in values.items()}
+    return {saved_name(name): value for name, value in values.items()}
 
 
 def _comparable(value: Any) -> Any:
     """Names without what wrappers add, so that states of wrapped and plain models agree."""
-    return [_strip(each) if isinstance(each, str) else each for each in value] if isinstance(value, list) else value
-
-
-def _strip(name: str) -> str:
-    return plain_name(name).removeprefix("module.")
+    return [saved_name(each) if isinstance(each, str) else each for each in value] if isinstance(value, list) else value
 
 
 def _brief(value: object) -> str:

@@ -41,8 +41,8 @@ class Result:
         model: The trained model, plain, with exact zeros, on its device; None where the run was complete before.
         validation_bits_per_character: Mean cross-entropy of text in bits; None for images, or without validation data.
         test_bits_per_character: Likewise on the test data; None for images, or where it was not asked for.
-        soft_validation_accuracy: That before what is smooth in training became hard, such as thresholds; None where no
-            method has that.
+        soft_validation_accuracy: That before what is smooth in training became hard, such as thresholds; None where
+            nothing was smooth in the end.
         soft_test_accuracy: Likewise.
         activations: Totals of `gossamer.measure_activations` on the test images, of the finished model, where a method
             makes activations sparse; None elsewhere, where no test was asked for, and for several processes.
@@ -148,9 +148,9 @@ def train(
                     folder.record(history[-1], run.updates, run.state_dict())
                 shown.epoch(history[-1])
         parts = ("validation", "test") if test else ("validation",)
-        trained = history[-1] | run.measure(*parts[1:])
+        trained, hardens = history[-1] | run.measure(*parts[1:]), run.hardens
         run.finalize()
-        finished = run.measure(*parts) if run.hardens else trained
+        finished = run.measure(*parts) if hardens else trained
         result = Result(
             seed=seed,
             epochs=run.epoch,
@@ -164,9 +164,9 @@ def train(
             model=run.model,
             validation_bits_per_character=finished.get("validation_bits_per_character"),
             test_bits_per_character=finished.get("test_bits_per_character"),
-            soft_validation_accuracy=trained.get("validation_accuracy") if run.hardens else None,
-            soft_test_accuracy=trained.get("test_accuracy") if run.hardens else None,
-            activations=run.measure_activations() if run.hardens and test else None,
+            soft_validation_accuracy=trained.get("validation_accuracy") if hardens else None,
+            soft_test_accuracy=trained.get("test_accuracy") if hardens else None,
+            activations=run.measure_activations() if test else None,
         )
         run.release()
         if folder is not None and writes:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import mul
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from gossamer.errors import ConfigurationError
-from gossamer.groups import Groups, score_weights
+from gossamer.groups import Groups, Spread, score_weights
 from gossamer.masks import MaskedTensor
 from gossamer.scores import Score, StateOf
 from gossamer.structure import ISS
@@ -63,12 +65,20 @@ class Units(Groups):
 
     def expand(self, alive: Tensor) -> dict[str, Tensor]:
         """See `Groups.expand`."""
-        masks = {tensor.name: torch.full_like(tensor.mask, -1) for tensor in self.tensors}
-        for row in self._rows:
-            self._by_unit(masks[row.name]).bitwise_and_(alive.view(1, -1, 1))
-        for each in self._columns:
-            self._of_units(masks[each.tensor.name], each).bitwise_and_(alive)
-        return masks
+        kept = alive.neg()
+        return {name: spread(kept).neg() for name, spread in self.spreads().items()}
+
+    def spreads(self) -> dict[str, Spread]:
+        """See `Groups.spreads`."""
+        rows = {row.name for row in self._rows}
+        return {
+            tensor.name: _OverUnits(
+                tensor.shape,
+                tensor.name in rows,
+                tuple(each.start for each in self._columns if each.tensor is tensor),
+            )
+            for tensor in self.tensors
+        }
 
     def scores(self, score: Score, state: StateOf, p: float = 2.0, index: Tensor | None = None) -> Tensor:
         """See `Groups.scores`; a weight between a unit and itself counts once."""
@@ -110,6 +120,24 @@ class Units(Groups):
     def _of_units(self, x: Tensor, columns: _Columns) -> Tensor:
         """The units' columns of a weight, (outputs, units)."""
         return x[:, columns.start : columns.start + self.total]
+
+
+@dataclass(frozen=True)
+class _OverUnits:
+    """Lays a value for each unit over its rows in a weight, and over its columns from `starts` on, as products."""
+
+    shape: tuple[int, ...]
+    rows: bool
+    starts: tuple[int, ...]
+
+    def __call__(self, values: Tensor) -> Tensor:
+        factors = []
+        if self.rows:
+            factors.append(values.repeat(self.shape[0] // len(values))[:, None].expand(self.shape))
+        for start in self.starts:
+            beyond = self.shape[1] - start - len(values)
+            factors.append(torch.nn.functional.pad(values, (start, beyond), value=1).expand(self.shape))
+        return reduce(mul, factors)
 
 
 def units(targets: Sequence[Target], structure: ISS) -> list[Units]:

@@ -566,3 +566,76 @@ def test_sites_that_cannot_work_are_named_when_they_are_called() -> None:
     net = nn.Sequential(nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2))
     with pytest.raises(gs.ConfigurationError, match="0: a Sequential would call the threshold"):
         gs.attach(net, gs.LossyThreshold(sites=["0"]))
+
+
+# -- what compiled models and copies see -------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of what the compiler imports
+@pytest.mark.parametrize("norm", ["l0", "l1", "l2", "hoyer"])
+def test_a_compiled_model_may_change_what_passed_a_threshold_in_place(norm: str) -> None:
+    def run(compiled: bool) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 2))
+        for seed, parameter in enumerate(net.parameters()):
+            nn.init.normal_(parameter, generator=torch.Generator().manual_seed(seed))
+        sparsity = gs.attach(net, gs.LossyThreshold(0.3, sites="0", eps=0.4, norm=norm))
+        forward = torch.compile(net, backend="aot_eager", fullgraph=True) if compiled else net
+        x = torch.randn(5, 4, generator=torch.Generator().manual_seed(9))
+        loss = forward(x).square().mean() + sparsity.penalty()
+        loss.backward()
+        return loss, [parameter.grad for parameter in net.parameters()]
+
+    (there, expected), (here, found) = run(False), run(True)
+    torch.testing.assert_close(here, there)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@torch._dynamo.config.patch(skip_nnmodule_hook_guards=True)
+def test_hooks_are_seen_by_compiled_models_of_a_class_that_was_compiled_without_them() -> None:
+    torch.compiler.reset()
+    dense, net = (nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2)).eval() for _ in range(2))
+    x = torch.randn(5, 4)
+    for each in (dense, net):
+        torch.compile(each, backend="eager")(x)
+    gs.attach(net, gs.LossyThreshold(eps=5.0)).finalize()
+    assert torch.compile(net, backend="eager")(x).equal(net(x))
+    assert torch.compile(dense, backend="eager")(x).equal(dense(x))
+    assert not net(x).equal(dense(x))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of what the compiler imports
+def test_a_model_that_was_compiled_in_place_is_refused() -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
+    net[0].compile()
+    with pytest.raises(gs.OrderError, match=r"^0: is already compiled, by its method `compile`; the order is: attach"):
+        gs.attach(net, gs.LossyThreshold())
+
+
+def test_thresholds_of_a_model_in_evaluation_mode_are_in_it_too() -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2)).eval()
+    sparsity = gs.attach(net, gs.LossyThreshold(eps=0.5))
+    net(torch.randn(3, 4))
+    assert sparsity.penalty().item() == 0
+    assert sparsity.summary().learned[0]["moved"] > 0
+
+
+def test_copies_of_the_model_alone_collect_nothing_and_those_of_all_three_do() -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    sparsity = gs.attach(net, gs.LossyThreshold(eps=0.1), optimizer)
+    alone, (model, _, handle) = copy.deepcopy(net), copy.deepcopy((net, optimizer, sparsity))
+    x = torch.randn(3, 4)
+    for _ in range(3):
+        alone(x).sum().backward()
+    assert alone[0].sparsifier.collected.values() == []
+    for each in (net, model):
+        each(x)
+    assert handle.penalty().item() == sparsity.penalty().item() > 0
+
+
+def test_an_empty_batch_has_no_penalty() -> None:
+    net = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
+    sparsity = gs.attach(net, gs.LossyThreshold())
+    net(torch.zeros(0, 4))
+    assert sparsity.penalty().item() == 0

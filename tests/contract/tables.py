@@ -23,7 +23,11 @@ SPARSITY = 0.75
 
 @dataclass(frozen=True, eq=False)
 class MethodRow:
-    """A method under test: `make(structure=..., **overrides)` builds it for `TinyNet` with an update every 2 steps."""
+    """A method under test: `make(structure=..., **overrides)` builds it for `TinyNet`.
+
+    `updates` are the steps of its updates among the first 12. One that does not keep its count starts dense, and the
+    last of its updates leaves the number of weights that was asked.
+    """
 
     id: str
     method: type[gs.Method]
@@ -31,7 +35,13 @@ class MethodRow:
     grows: bool = True
     reads_gradients: bool = False
     keeps_count: bool = True
+    updates: tuple[int, ...] = (2, 4, 6, 8, 10, 12)
     structures: tuple[str, ...] = STRUCTURES
+
+    @property
+    def settles(self) -> int:
+        """The step from which the number of active weights is as asked."""
+        return 0 if self.keeps_count else self.updates[-1]
 
     def make(self, structure: str | Structure = "element", **overrides: Any) -> Any:
         budget = {"sparsity": None if re.fullmatch(r"\d+:\d+", str(structure)) else SPARSITY}
@@ -39,12 +49,68 @@ class MethodRow:
 
 
 METHODS = [
-    MethodRow("static", gs.Static, {}, grows=False),
+    MethodRow("static", gs.Static, {}, grows=False, updates=()),
     MethodRow("set", gs.SET, {"every": 2, "drop_fraction": 0.5}),
     MethodRow("rigl", gs.RigL, {"every": 2, "drop_fraction": 0.5, "skip_step": True}, reads_gradients=True),
     MethodRow("rigl-step", gs.RigL, {"every": 2, "drop_fraction": 0.5, "skip_step": False}, reads_gradients=True),
     MethodRow("dsr", gs.DSR, {"every": 2, "threshold": 0.1, "prune_fraction": 0.05}),
-    MethodRow("gmp", gs.GMP, {"every": 2, "end": 8}, grows=False, keeps_count=False),
+    MethodRow("gmp", gs.GMP, {"every": 2, "end": 8}, grows=False, keeps_count=False, updates=(2, 4, 6, 8)),
+    MethodRow(
+        "imp",
+        gs.IMP,
+        {"length": 3, "rounds": 2, "rewind": 1, "distribution": "erk"},
+        grows=False,
+        keeps_count=False,
+        updates=(4, 7),
+    ),
+]
+
+
+@dataclass(frozen=True, eq=False)
+class LearnedRow:
+    """A method that learns masks: `make(structure, **overrides)` builds it for `TinyNet`.
+
+    After `steps` steps nothing changes any more when masks become hard. `scatter` is how far apart scores start, so
+    that few steps decide about some.
+    """
+
+    id: str
+    method: type[gs.Method]
+    options: dict[str, Any]
+    steps: int
+    scatter: float
+    structures: tuple[str, ...] = ("element", "block:4x1", "filter", "channel", "row+column")
+
+    def make(self, structure: str | Structure = "element", **overrides: Any) -> Any:
+        return self.method(**self.options | {"structure": structure} | overrides)
+
+
+LEARNED = [
+    LearnedRow(
+        "continuous",
+        gs.ContinuousSparsification,
+        {"initial_value": 0.1, "penalty": 1e-6, "rounds": 2, "rewind": 2, "length": 4, "lr": 0.05},
+        steps=10,
+        scatter=0.1,
+    ),
+    LearnedRow(
+        "continuous-steered",
+        gs.ContinuousSparsification,
+        {
+            "initial_value": 0.2,
+            "penalty": 1e-6,
+            "rounds": 2,
+            "length": 4,
+            "lr": 0.005,
+            "sparsity": 0.3,
+            "ranking": True,
+            "scaling": "code",
+        },
+        steps=10,
+        scatter=0.1,
+    ),
+    LearnedRow("hard_concrete", gs.HardConcrete, {"penalty": 1e-4, "drop_rate": 0.9}, steps=8, scatter=3.0),
+    LearnedRow("str", gs.STR, {"initial_value": -3.0, "penalty": 0.1, "lr": 0.1}, 8, 0.0, structures=("element",)),
 ]
 
 METHOD_CASES = [pytest.param(row, s, id=f"{row.id}-{s}") for row in METHODS for s in row.structures]

@@ -34,11 +34,6 @@ def scramble(run: Run, generator: torch.Generator) -> None:
         weight.grad = torch.randn(weight.shape, generator=generator)
 
 
-def finish(run: Run) -> None:
-    """Bring gradual methods to their end."""
-    run.train(max((method.end for method in run.sparsity.methods if isinstance(method, gs.GMP)), default=0))
-
-
 @given(
     sparsity=st.decimals(0, "0.95", places=3),
     row=st.sampled_from(METHODS),
@@ -54,7 +49,7 @@ def test_active_weights_are_the_largest_number_of_whole_groups_within_the_budget
     size = 1 if structure == "element" else 4
     expected = floor((1 - sparsity) * TARGETS) // size * size
     generator = torch.Generator().manual_seed(seed)
-    finish(run)
+    run.train(row.settles)
     for _ in range(3):
         scramble(run, generator)
         run.sparsity.update()
@@ -68,7 +63,7 @@ def test_active_weights_are_the_largest_number_of_whole_groups_within_the_budget
 def test_over_all_parameters_dense_ones_use_up_part_of_the_budget(sparsity: Decimal, row: MethodRow) -> None:
     run = start(row.make(sparsity=float(sparsity), over="all"))
     expected = floor((1 - sparsity) * (TARGETS + BIASES)) - BIASES
-    finish(run)
+    run.train(row.settles)
     scramble(run, torch.Generator().manual_seed(0))
     run.sparsity.update()
     assert active(run) == expected
@@ -79,7 +74,7 @@ def test_over_all_parameters_dense_ones_use_up_part_of_the_budget(sparsity: Deci
 def test_many_updates_neither_lose_nor_gain_a_weight(method: MethodRow, structure: str) -> None:
     run = start(method, structure)
     generator = torch.Generator().manual_seed(0)
-    finish(run)
+    run.train(method.settles)
     scramble(run, generator)
     run.sparsity.update()
     expected = active(run)
@@ -112,7 +107,7 @@ def test_many_updates_neither_lose_nor_gain_a_weight(method: MethodRow, structur
 @pytest.mark.parametrize(("method", "structure"), METHOD_CASES)
 def test_equal_scores_do_not_make_a_count_drift(method: MethodRow, structure: str, gradient: float) -> None:
     run = start(method, structure)
-    finish(run)
+    run.train(method.settles)
     expected = active(run)
     for size in (0.0, 1.0, 1.0, 0.01):
         for _, weight, mask in weights(run.model, run.sparsity.masks()):
@@ -126,7 +121,7 @@ def test_equal_scores_do_not_make_a_count_drift(method: MethodRow, structure: st
 @pytest.mark.parametrize("row", [pytest.param(row, id=row.id) for row in METHODS])
 def test_an_explicit_distribution_gives_each_tensor_its_own_count(row: MethodRow) -> None:
     run = start(row.make(sparsity=None, distribution={"conv*": 0.5, "hidden.weight": 0.9, "*": 0.0}))
-    finish(run)
+    run.train(row.settles)
     scramble(run, torch.Generator().manual_seed(0))
     run.sparsity.update()
     counts = {name: int(mask.sum()) for name, mask in run.sparsity.masks().items()}
@@ -146,7 +141,7 @@ def test_a_sparsity_of_zero_keeps_every_weight(row: MethodRow) -> None:
 @pytest.mark.parametrize("row", [pytest.param(row, id=row.id) for row in METHODS])
 def test_the_highest_possible_sparsity_leaves_one_weight_in_every_tensor(row: MethodRow) -> None:
     run = start(row.make(sparsity=0.996, distribution="uniform"))
-    finish(run)
+    run.train(row.settles)
     for step in range(3):
         backward(run.model, step)
         run.sparsity.update()
@@ -156,7 +151,7 @@ def test_the_highest_possible_sparsity_leaves_one_weight_in_every_tensor(row: Me
 @pytest.mark.parametrize("row", [pytest.param(row, id=row.id) for row in METHODS])
 def test_tensors_of_one_method_share_its_budget_and_others_stay_dense(row: MethodRow) -> None:
     run = start(row.make(targets=["hidden*", "head.weight"]))
-    finish(run)
+    run.train(row.settles)
     backward(run.model, 0)
     run.sparsity.update()
     assert set(run.sparsity.masks()) == {"hidden.weight", "head.weight"}

@@ -13,7 +13,8 @@ import gossamer as gs
 
 from .tables import METHODS, STRUCTURES, Run, TinyNet, assert_zeros, backward, bits, start, weights
 
-GIVEN = [pytest.param(row, id=row.id) for row in METHODS if row.method is not gs.GMP]
+GIVEN = [pytest.param(row, id=row.id) for row in METHODS if row.keeps_count]
+PRUNED_FURTHER = [pytest.param(row, id=row.id) for row in METHODS if not row.keeps_count]
 
 
 def pruned(structure: str = "element", sparsity: float = 0.6) -> TinyNet:
@@ -60,13 +61,35 @@ def test_masks_may_be_given_as_tensors_of_any_type(row: Any, dtype: torch.dtype)
     assert_zeros(run.model, run.sparsity.masks())
 
 
-def test_gradual_pruning_goes_on_from_the_zeros_of_a_model() -> None:
+@pytest.mark.parametrize("given", ["zeros", "masks"])
+@pytest.mark.parametrize("row", PRUNED_FURTHER)
+def test_pruning_goes_on_from_the_zeros_of_a_model(row: Any, given: str) -> None:
     model = pruned(sparsity=0.3)
     zeros = {name: parameter.detach() != 0 for name, parameter in model.named_parameters() if parameter.dim() > 1}
-    run = start(gs.GMP(0.9, end=6, every=2, distribution="global"), model=model, masks="zeros").train(7)
-    masks = run.sparsity.masks()
-    assert sum(int(mask.sum()) for mask in masks.values()) == 86
-    assert not any((mask & ~zeros[name]).any() for name, mask in masks.items())
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    method = row.make(sparsity=0.9, distribution="global")
+    run = start(method, model=model, masks="zeros" if given == "zeros" else zeros)
+    assert all(mask.equal(zeros[name]) for name, mask in run.sparsity.masks().items())
+    assert all(bits(parameter).equal(bits(before[name])) for name, parameter in model.named_parameters())
+    counts = []
+    for step in range(row.settles + 1):
+        run.train(range(step, step + 1))
+        masks = run.sparsity.masks()
+        assert_zeros(model, masks)
+        assert not any((mask & ~zeros[name]).any() for name, mask in masks.items())
+        counts.append(sum(int(mask.sum()) for mask in masks.values()))
+    assert counts[: row.updates[0] - 1] == [sum(int(mask.sum()) for mask in zeros.values())] * (row.updates[0] - 1)
+    assert counts == sorted(counts, reverse=True)
+    assert counts[row.settles - 1 :] == [86, 86]
+
+
+@pytest.mark.parametrize("row", PRUNED_FURTHER)
+def test_given_masks_below_the_end_of_pruning_are_refused(row: Any) -> None:
+    model = pruned(sparsity=0.95)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(gs.ConfigurationError, match=rf"^{row.method.__name__}: conv\.weight starts with .* fewer than"):
+        gs.attach(model, row.make(sparsity=0.5), masks="zeros")
+    assert all(parameter.equal(before[name]) for name, parameter in model.named_parameters())
 
 
 # -- one shot ----------------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ class Toy(gs.Method):
         group: dict[str, Any] = {"params": [gate.scores for gate in self.gates()], "weight_decay": 0.0}
         return [group if self.rate is None else group | {"lr": self.rate}]
 
-    def penalty(self) -> Tensor:
+    def loss_term(self) -> Tensor:
         return torch.stack([gate.scores.sigmoid().sum() for gate in self.gates()]).sum()
 
     def due(self, step: int) -> bool:

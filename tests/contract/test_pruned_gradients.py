@@ -241,7 +241,7 @@ def test_an_optimizer_that_evaluates_its_closure_twice_counts_one_step_and_keeps
         for _, weight, mask in weights(model, run.sparsity.masks()):
             assert not bits(weight)[~mask].any()
     assert run.sparsity.step == 5
-    assert told == ([] if row.method is gs.Static else [2, 4])
+    assert told == [step for step in row.updates if step <= 5]
 
 
 @pytest.mark.parametrize("loaded", [False, True], ids=["attached late", "loaded late"])

@@ -6,11 +6,11 @@ from torch import optim
 import gossamer as gs
 from gossamer.weights import METHODS as REGISTRY
 
-from .tables import METHODS, OPTIMIZERS, TinyNet
+from .tables import LEARNED, METHODS, OPTIMIZERS, TinyNet
 
 
 def test_every_registered_method_has_a_row() -> None:
-    assert {row.method for row in METHODS} == set(REGISTRY.values())
+    assert {row.method for row in [*METHODS, *LEARNED]} == set(REGISTRY.values())
 
 
 def test_every_optimizer_class_of_torch_has_a_row_or_is_refused() -> None:

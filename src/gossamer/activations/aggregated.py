@@ -21,7 +21,7 @@ from gossamer.activations.functions import FUNCTIONS, Aggregate, RowByRow, by_na
 from gossamer.activations.over_ranks import over_ranks
 from gossamer.collect import recomputing
 from gossamer.errors import ConfigurationError, NonFiniteError, StateError
-from gossamer.sites import SiteSelection, select_sites
+from gossamer.sites import SiteSelection, see_hooks, select_sites
 from gossamer.targets import plain_name
 
 AggregateFn = str | Aggregate | Callable[[Tensor, Tensor], Tensor]
@@ -299,6 +299,7 @@ class ActivationSparsifier:
             hook.remove()
         group["hook_state"] = state
         if state != "None":
+            see_hooks()
             call = _Hook(self, name, sparsify=state == "sparsify")
             group["hook"] = group["layer"].register_forward_pre_hook(call, with_kwargs=True)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from gossamer.fold import foldable_relus, turn_into
 from gossamer.method import Masks, Method, Proposal
 from gossamer.nn.lossy import LossyHardSparsifier, LossySparsifier, hard_threshold, lossy_threshold
 from gossamer.penalties import Penalty, as_penalty
-from gossamer.sites import Site, SiteSelection, select_sites
+from gossamer.sites import Site, SiteSelection, see_hooks, select_sites
 from gossamer.targets import matches, plain_name, whole
 
 MOST = 1e30
@@ -147,6 +148,7 @@ class LossyThreshold(Method):
 
     def install(self) -> None:
         """See `Method.install`."""
+        see_hooks()
         for site, (channels, dim) in zip(self.placed, self._channels, strict=True):
             sparsifier = PlacedSparsifier(self.eps, self.sharpness, channels=channels, dim=dim)
             sparsifier.remember_for(self._penalty, self.hard)
@@ -157,8 +159,8 @@ class LossyThreshold(Method):
         group: dict[str, Any] = {"params": [each.eps for each in self._sparsifiers()], "weight_decay": 0.0}
         return [group if self.lr is None else group | {"lr": self.lr}]
 
-    def penalty(self) -> Tensor | None:
-        """See `Method.penalty`: of the forward passes in training since the last step.
+    def loss_term(self) -> Tensor | None:
+        """See `Method.loss_term`: of the forward passes in training since the last step.
 
         It may be asked for more than once; the first pass in training after that begins anew. Passes under
         `torch.no_grad` do not count.
@@ -184,7 +186,7 @@ class LossyThreshold(Method):
                 f"{idle[0]}: has not run in a forward pass for training, so that nothing is learned there; leave it "
                 f"out with sites=['!{idle[0]}']" + (f" (and {len(idle) - 1} others)" if idle[1:] else "")
             )
-        return torch.stack(terms).sum() / (count if self.normalized else 1) if terms else None
+        return torch.stack(terms).sum() / (max(count, 1) if self.normalized else 1) if terms else None
 
     def after_step(self, step: int) -> Proposal | None:
         """See `Method.after_step`: forgets the passes so far, and sharpens the thresholds."""
@@ -201,6 +203,18 @@ class LossyThreshold(Method):
         """See `Method.detach`: takes the thresholds off."""
         for site in self.placed:
             _take_off(site.module)
+
+    @contextmanager
+    def hardened(self) -> Iterator[None]:
+        """See `Method.hardened`."""
+        before = [(each, each.is_hard, each._moved) for each in self._sparsifiers()]
+        try:
+            for each, *_ in before:
+                each.is_hard = True
+            yield
+        finally:
+            for each, is_hard, moved in before:
+                each.is_hard, each._moved = is_hard, moved
 
     def finalize(self) -> None:
         """See `Method.finalize`: hard thresholds stay, as the children `sparsifier`, each a `LossyHardSparsifier`.
@@ -270,6 +284,12 @@ class LossyThreshold(Method):
         """See `Method.load_state_dict`: thresholds and sharpness are in the model's own state."""
         self._told = float("nan")  # whatever the model has now, the next step says it again
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for site in self.placed:
+            if isinstance(each := site.module._modules.get(CHILD), PlacedSparsifier):
+                each.collects = True
+
     # -- parts -------------------------------------------------------------------------------------------------------
 
     def _sparsifiers(self) -> list[PlacedSparsifier]:
@@ -311,6 +331,7 @@ class SiteSparsifier(LossySparsifier):
         if reference is not None:
             self.to(reference.device)
             self.eps.data = self.eps.to(reference.dtype)
+        self.train(site.module.training)
         put(self, site, position)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -339,15 +360,28 @@ class PlacedSparsifier(SiteSparsifier):
         self.is_hard = hard
         self.has_run = False
         self.collected = Collected()
+        self.collects = True
         self._moved: Tensor | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.collects = False  # in a copy of the model alone nobody asks, and graphs would pile up; see LossyThreshold
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Self:
+        self._moved = None
+        return super()._apply(fn, recurse)
 
     def forward(self, x: Tensor) -> Tensor:
         """The threshold of a site's output, or input."""
         y, sums = self.threshold(
-            x, hard=self.is_hard, terms=self.penalty.terms if self.training else (), b=self.penalty.b
+            x,
+            hard=self.is_hard,
+            terms=self.penalty.terms if self.training and self.collects else (),
+            b=self.penalty.b,
         )
         if self.training:
-            self.collected.add((sums, y.numel()))
+            if self.collects:
+                self.collected.add((sums, y.numel()))
             self.has_run = True
             self._moved = None
         elif not torch.compiler.is_compiling():

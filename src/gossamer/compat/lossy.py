@@ -24,7 +24,7 @@ from gossamer.checks import check_number
 from gossamer.errors import ConfigurationError
 from gossamer.nn import LossyHardSparsifier, LossySparsifier
 from gossamer.penalties import L0, L1, L2
-from gossamer.sites import SiteSelection, select_sites
+from gossamer.sites import SiteSelection, see_hooks, select_sites
 from gossamer.targets import plain_name
 
 __all__ = [
@@ -312,6 +312,7 @@ def registerHooks(model: nn.Module, dict_: Sites) -> None:
     if not found:
         return
     last = _Pass()
+    see_hooks()
     model.register_forward_pre_hook(partial(_begin, last))
     model.register_forward_hook(partial(_end, last), always_call=True)
     for module in found:

@@ -68,7 +68,8 @@ def lossy_threshold(
         y = _expression(x, eps, sharpness, dim, hard)
         wide = y if y.dtype == torch.float64 else y.float()
         sums = [TERMS[term][0](wide, b).sum() for term in terms]
-        return y, torch.stack(sums) if sums else wide.new_empty(0)
+        # The sums keep `y` for their gradients, and a ReLU behind may change what it is given in place.
+        return (y.clone() if sums else y), torch.stack(sums) if sums else wide.new_empty(0)
     return _Threshold.apply(x, eps, sharpness, dim, hard, tuple(terms), b)  # type: ignore[no-untyped-call, no-any-return]
 
 

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from fractions import Fraction
-from itertools import compress
-from math import floor
-from typing import Any
 
 from torch import Tensor
 
 from gossamer.checks import check_integer, check_number
-from gossamer.distribution import Distribution, allocate, apportion_groups
-from gossamer.errors import ConfigurationError, StateError
+from gossamer.errors import ConfigurationError
 from gossamer.method import Proposal, StateOf
 from gossamer.schedule import Periodic, cubic_ramp
-from gossamer.scores import Score, as_score
-from gossamer.weights.masked import MaskMethod
+from gossamer.scores import as_score
+from gossamer.weights.pruning import PruningMethod
 from gossamer.weights.ranking import prune_to
 
 
 @dataclass(eq=False)
-class GMP(MaskMethod):
+class GMP(PruningMethod):
     """Prune the lowest scores every so often until the sparsity is reached (Zhu & Gupta, 2017, eq. 1).
 
     The number of active groups follows the cubic ramp `s_t = s_f + (s_i - s_f)(1 - (t - t_0)/(t_1 - t_0))³`; the
@@ -33,10 +28,8 @@ class GMP(MaskMethod):
         begin: Step after which pruning starts.
         every: Steps between prunings.
         initial_sparsity: Sparsity pruned to when attached, in [0, sparsity].
-        score: What is pruned is smallest in this score.
-        distribution: Also `"global"`: all weights are ranked together, and each tensor keeps at least one group.
 
-    See `MaskMethod` for the other arguments.
+    See `PruningMethod` for the other arguments.
     """
 
     _: KW_ONLY
@@ -44,8 +37,6 @@ class GMP(MaskMethod):
     begin: int = 0
     every: int = 100
     initial_sparsity: float = 0.0
-    score: str | Score = "magnitude"
-    distribution: Distribution = "uniform"
 
     name = "gmp"
 
@@ -59,10 +50,6 @@ class GMP(MaskMethod):
             raise ConfigurationError(
                 f"initial_sparsity={self.initial_sparsity} is above sparsity={self.sparsity}; give at most that"
             )
-        as_score(self.score)
-
-    def _scores(self) -> list[str | Score]:
-        return [self.score]
 
     def due(self, step: int) -> bool:
         """See `Method.due`."""
@@ -72,112 +59,21 @@ class GMP(MaskMethod):
 
     def update(self, step: int, state: StateOf) -> Proposal:
         """See `Method.update`."""
-        alive, trained = self._alive(), self._trained()
-        left = cubic_ramp(step, self.begin, self.end, Fraction(1), Fraction(0))
-        active = self._active(alive)
-        counts = self._counts_at(left, active)
-        self._ended = step >= self.end and all(trained)
-        if len(counts) == 1 and not all(trained):
-            # The others keep their share, or more where a frozen layer has less than its own.
-            totals = [groups.total for groups in self.groups]
-            frozen = sum(now for now, each in zip(active, trained, strict=True) if not each)
-            share = counts[0] * sum(compress(totals, trained)) // sum(totals)
-            counts = [max(share, counts[0] - frozen)]
-        elif len(counts) > 1:
-            counts = list(compress(counts, trained))
-        if any(trained):
-            groups, masks = list(compress(self.groups, trained)), list(compress(alive, trained))
-            prune_to(groups, masks, counts, as_score(self.score), state, self.p)
+        alive = self._alive()
+        self._ended = step >= self.end and all(self._trained())
+        self._prune(alive, cubic_ramp(step, self.begin, self.end, Fraction(1), Fraction(0)), state)
         return Proposal(self._changes(alive))
 
-    def _start(self, given: list[tuple[Tensor, int]] | None) -> list[tuple[Tensor, int]]:
-        masks = given or [(groups.alive(), groups.total) for groups in self.groups]
-        self._to = self._counts(self.sparsity)
-        self._ended = False
-        if given is None and self.initial_sparsity:
-            self.masks_from_weights = True
-            alive = [each for each, _ in masks]
-            if self.groups[0].cell is not None:
-                raise ConfigurationError(
-                    f"initial_sparsity={self.initial_sparsity}: under {self.groups[0].structure} gradual pruning "
-                    "starts dense; leave it out"
-                )
-            counts = self._counts(self.initial_sparsity)
-            active = prune_to(self.groups, alive, counts, as_score(self.score), lambda _: {}, self.p)
-            masks = list(zip(alive, active, strict=True))
-        self._from = [active for _, active in masks]
-        if len(self._to) == 1:
-            self._from = [sum(self._from)]
-        for groups, first, final in zip(self.groups, self._from, self._to, strict=False):
-            if first < final:
-                raise ConfigurationError(
-                    f"{groups.name} starts with {first} active groups, fewer than the {final} of the "
-                    "end; choose a higher sparsity, or leave this weight out of targets"
-                )
-        return masks
-
-    def _counts_at(self, left: Fraction, active: list[int]) -> list[int]:
-        """Active groups where this fraction of the way is left: in all the largest number of weights not above it."""
-        wanted = [final + (first - final) * left for first, final in zip(self._from, self._to, strict=True)]
-        if len(wanted) < len(self.groups):
-            return [floor(wanted[0])]
+    def _prune_first(self, masks: list[tuple[Tensor, int]]) -> list[tuple[Tensor, int]]:
+        if not self.initial_sparsity:
+            return masks
+        self.masks_from_weights = True
         if self.groups[0].cell is not None:
-            return [floor(count) for count in wanted]
-        # What is above the end is split, so that no tensor falls below its end by rounding.
-        sizes = [groups.size for groups in self.groups]
-        above = [(count - final) * size for count, final, size in zip(wanted, self._to, sizes, strict=True)]
-        rooms = [max(0, now - final) for now, final in zip(active, self._to, strict=True)]
-        shares = apportion_groups(floor(sum(above)), above, rooms, sizes)
-        return [final + share for final, share in zip(self._to, shares, strict=True)]
-
-    def _counts(self, sparsity: float | None) -> list[int]:
-        """Active groups of each tensor, or of all together for a global ranking."""
-        active = self._active_weights(sparsity)
-        if self.distribution != "global":
-            return allocate(self.distribution, self.groups, active)
-        if self.groups[0].cell is not None:  # leaves nothing to rank across cells
-            return allocate("uniform", self.groups, active)
-        if len(sizes := {groups.size for groups in self.groups}) > 1:
             raise ConfigurationError(
-                f"distribution='global' ranks groups of one size, but those of {self.groups[0].structure} have sizes "
-                f"{sorted(sizes)}; choose 'uniform', 'er', 'erk' or an explicit mapping"
+                f"initial_sparsity={self.initial_sparsity}: under {self.groups[0].structure} gradual pruning "
+                "starts dense; leave it out"
             )
-        if (most := active // self.groups[0].size) < len(self.groups):
-            raise ConfigurationError(
-                f"{active} active weights are fewer than one group for each of the {len(self.groups)} tensors; choose "
-                "a lower sparsity or fewer targets"
-            )
-        return [most]
-
-    def _budget_of(self, active: list[int]) -> int:
-        return self._weights(self._to) if len(self._to) == len(active) else self._to[0] * self.groups[0].size
-
-    def _admits(self, active: int, budget: int) -> bool:
-        return active >= budget
-
-    def state_dict(self) -> dict[str, Any]:
-        """See `Method.state_dict`."""
-        return super().state_dict() | {"first": self._from, "ended": self._ended}
-
-    def check_state(self, state: Mapping[str, Any], masks: Mapping[str, Tensor]) -> None:
-        """See `Method.check_state`."""
-        super().check_state(state, masks)
-        if not isinstance(state.get("ended"), bool):
-            raise StateError(
-                f"{self.name}: whether the ramp has ended is saved as {state.get('ended')!r}, expected True or False; "
-                "the file is damaged"
-            )
-        first = state.get("first")
-        most = sum(groups.total for groups in self.groups)
-        listed = first if isinstance(first, list) else []
-        if len(listed) != len(self._from) or any(type(n) is not int or not 0 < n <= most for n in listed):
-            raise StateError(
-                f"{self.name}: the saved start of the ramp is {first!r}, expected the active groups of "
-                f"{len(self._from)} tensors; the file is damaged, or its distribution was not {self.distribution!r}"
-            )
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See `Method.load_state_dict`."""
-        super().load_state_dict(state)
-        self._from = list(state["first"])
-        self._ended = state["ended"]
+        alive = [each for each, _ in masks]
+        counts = self._counts(self.initial_sparsity)
+        active = prune_to(self.groups, alive, counts, as_score(self.score), lambda _: {}, self.p)
+        return list(zip(alive, active, strict=True))

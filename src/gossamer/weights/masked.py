@@ -19,6 +19,7 @@ from gossamer.groups import Groups, changes
 from gossamer.masks import Change, MaskedTensor, count_active, count_over_shards
 from gossamer.method import Masks, Method
 from gossamer.scores import Score, as_score
+from gossamer.state import check_random
 from gossamer.structure import Structure, as_structure
 from gossamer.targets import Selection, parameter_count, select
 from gossamer.weights.ranking import grow
@@ -132,14 +133,7 @@ class MaskMethod(Method):
         for tensor in self.tensors:
             if tensor.name not in masks:
                 raise StateError(f"sparsity state: no mask of {tensor.name}; the file is damaged, use an earlier one")
-        random = state.get("generator")
-        now = self.generator.get_state()
-        if not isinstance(random, Tensor) or random.dtype != now.dtype or random.shape != now.shape:
-            raise StateError(f"{self.name}: the saved state has no random state; it is not one of this method")
-        try:
-            torch.Generator().set_state(random.cpu())
-        except (RuntimeError, NotImplementedError) as error:
-            raise StateError(f"{self.name}: the saved random state is damaged ({error}); use an earlier file") from None
+        check_random(self.name, state.get("generator"), self.generator)
         budget = state.get("budget")
         if type(budget) is not int or not 0 < budget <= self._weights([groups.total for groups in self.groups]):
             raise StateError(f"{self.name}: the saved budget is {budget!r:.40} active weights; the file is damaged")
