@@ -38,6 +38,7 @@ class Scored:
         total: Number of groups.
         cell: N and M, where N of M consecutive groups are to live.
         spreads: How values of the groups act on each weight, by its name.
+        elementwise: Whether every element is a group; then scores have the weight's shape.
         place: A target whose gates hold the scores, and which of its scores they are; known when gates are placed.
     """
 
