@@ -294,6 +294,55 @@ def test_without_a_rewind_point_weights_go_on_as_they_are() -> None:
     assert run.optimizer.state
 
 
+def test_a_round_does_not_end_before_the_rewind_point() -> None:
+    run = Run(gs.ContinuousSparsification(0.0, 0.0, 200.0, 2, 5, length=10)).train(3)
+    for phase in ("update", "ticket"):
+        with pytest.raises(gs.OrderError, match=r"rewind: the rewind point has not been reached, it is after step 5"):
+            run.sparsity.update(phase)
+    assert run.temperature() == pytest.approx(200 ** (3 / 9))
+    run.train(range(3, 6)).sparsity.update()
+
+
+def test_updates_after_the_ticket_leave_it_alone() -> None:
+    run = Run(gs.ContinuousSparsification(0.0, 1e-3, 200.0, 1, 2, length=5)).train(8)
+    before = copy.deepcopy(run.model.state_dict())
+    assert [update.rows for update in run.sparsity.update()] == [[]]
+    assert all(value.equal(before[name]) for name, value in run.model.state_dict().items())
+
+
+def test_a_ticket_that_was_never_rewound_is_a_warning() -> None:
+    method = gs.ContinuousSparsification(0.0, 0.0, 200.0, 1, 2, length=5)
+    with pytest.raises(gs.ConfigurationError, match=r"length: 1 rounds of 5 steps are 5, which end with step 6, and"):
+        gs.attach(net(), method).methods[0].check_run(5)
+    run = Run(method).train(5)
+    with pytest.warns(UserWarning, match=r"finalized before the ticket was rewound to step 2; train one step beyond"):
+        run.sparsity.finalize()
+
+
+def test_finalizing_one_copy_leaves_the_others_as_they_are() -> None:
+    run = Run(gs.ContinuousSparsification(0.0, 1e-3, 200.0, 1, length=3)).train(4)
+    model, _, sparsity = copy.deepcopy((run.model, run.optimizer, run.sparsity))
+    average = torch.optim.swa_utils.AveragedModel(run.model)
+    x = batch(0)[0]
+    expected = run.model.eval()(x)
+    run.sparsity.finalize()
+    for each in (model, average):
+        assert each.eval()(x).equal(expected)
+    sparsity.finalize()
+    for each in (run.model, model, average):
+        assert each(x).equal(expected)
+    assert type(model[0]) is type(run.model[0]) is nn.Linear
+
+
+def test_nothing_is_trained_or_updated_within_an_evaluation_under_hard_masks() -> None:
+    run = Run(gs.ContinuousSparsification(0.0, 1e-3, 200.0, 1, length=5)).train(2)
+    with run.sparsity.hardened():
+        for act in (run.optimizer.step, run.sparsity.update, run.sparsity.finalize, run.sparsity.hardened().__enter__):
+            with pytest.raises(gs.OrderError, match=r"^sparsity\.hardened\(\) is in force"):
+                act()
+    run.train(range(2, 4))
+
+
 def test_tickets_can_be_taken_and_rewound_by_hand() -> None:
     run = Run(gs.ContinuousSparsification(0.0, 1e-3, 200.0, 3, length=100)).train(2)
     with pytest.raises(gs.OrderError, match=r"rewind: the rewind point has not been reached, and none was asked for"):
@@ -357,7 +406,7 @@ def test_a_ranked_ticket_has_the_highest_scores_and_exactly_the_number_asked(
     wanted, used = [], 0
     for i in values.argsort(descending=True).tolist():
         if used + int(sizes[i]) > budget:
-            break
+            continue
         wanted.append(i)
         used += int(sizes[i])
     assert sum(int(mask.sum()) for mask in handle.masks().values()) == used
@@ -381,6 +430,29 @@ def test_a_penalty_is_steered_to_the_sparsity_that_was_asked_for() -> None:
             optimizer.zero_grad()
         assert abs(1 - handle.density() - sparsity) <= 0.005
         assert (model(x).argmax(1) == y).float().mean() > 0.9
+
+
+def test_a_ranked_ticket_goes_on_past_groups_that_do_not_fit() -> None:
+    model = nn.Sequential(nn.Linear(8, 128), nn.ReLU(), nn.Linear(128, 4))
+    method = gs.ContinuousSparsification(rounds=1, length=1, sparsity=0.9, structure="row")
+    sparsity = gs.attach(model, method)
+    first, second = sparsity.param_groups()[0]["params"]
+    first.data.copy_(torch.linspace(0.1, 1, 128))
+    second.data.copy_(torch.tensor([2.0, 3.0, 4.0, 5.0]))
+    sparsity.update("ticket")
+    masks = sparsity.masks()
+    assert masks["2.weight"].any(1).tolist() == [False, False, False, True]
+    assert int(masks["0.weight"].any(1).sum()) == 3  # of 153 weights 128, and three rows of eight
+    assert masks["0.weight"][-3:].all()
+
+
+def test_cells_are_chosen_in_every_type_of_number() -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        layer = nn.Linear(8, 4).to(dtype)
+        sparsity = gs.attach(layer, gs.ContinuousSparsification(rounds=1, length=1, structure="2:4"))
+        sparsity.update("ticket")
+        assert layer(torch.ones(1, 8, dtype=dtype)).isfinite().all()
+        assert ((layer.weight != 0).view(4, 2, 4).sum(2) == 2).all()
 
 
 # -- N:M ---------------------------------------------------------------------------------------------------------------

@@ -274,7 +274,7 @@ def test_rounds_are_driven_by_the_recipe_and_told_of_every_epoch(tmp_path):
 
 
 def test_a_search_that_ends_with_the_run_is_made_hard_at_its_end():
-    plan = COMBINED["steered"].replace("2 epochs", "4 epochs")
+    plan = COMBINED["steered"].replace("2 epochs, rewind: 1 epoch", "4 epochs")
     result = train(small(f"methods=[{plan}]"), progress=False)
     assert result.sparsity == pytest.approx(0.8, abs=1e-4)
     assert result.soft_test_accuracy is not None

@@ -214,15 +214,21 @@ class Sparsity:
         """Within this, outputs are those that `finalize` would leave now: soft masks and thresholds act as hard ones.
 
         For an evaluation in the midst of training; nothing has changed afterwards.
+
+        Raises:
+            OrderError: It is in force already; steps and updates of masks within it raise one too.
         """
         self._require_attached()
+        self._require_soft()
         self._reshard()
         with contextlib.ExitStack() as stack:
             for method in self.methods:
                 stack.enter_context(method.hardened())
+            self._hooks.hardened = True
             try:
                 yield
             finally:
+                self._hooks.hardened = False
                 self._reshard()  # an evaluation left whole scores in the model, and shards are to be put back
 
     @property
@@ -246,6 +252,7 @@ class Sparsity:
             ConfigurationError: No method has such a phase.
         """
         self._require_attached()
+        self._require_soft()
         self._require_placed()
         self._reshard()
         phases = [{"update": method.update, **method.phases()} for method in self.methods]
@@ -354,6 +361,7 @@ class Sparsity:
             The model that was attached.
         """
         self._require_attached()
+        self._require_soft()
         self._require_placed()
         learned = {id(parameter) for group in self.param_groups() for parameter in group["params"]}
         for method in self.methods:
@@ -406,6 +414,10 @@ class Sparsity:
     def _require_attached(self) -> None:
         if not self._hooks.attached:
             raise OrderError("this handle was detached or finalized; attach the model again to go on")
+
+    def _require_soft(self) -> None:
+        if self._hooks.hardened:
+            raise OrderError("sparsity.hardened() is in force, which is for evaluations; leave it first")
 
     def _require_placed(self) -> None:
         """Masks go where a moved model is, and before an optimizer is followed of itself they are sharded as it is."""

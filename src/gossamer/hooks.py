@@ -35,6 +35,7 @@ class StepHooks:
         optimizers: The optimizers followed.
         attached: Whether masks are to be kept; `release` ends it.
         frozen: Whether updates that are due are left out.
+        hardened: Whether masks are hard for an evaluation, in which no step may be made.
         second_moment: Where Adam's second moment starts for weights that begin anew.
         callbacks: Called after every update; not part of copies and pickles.
         adopt: Follows an optimizer that steps unfollowed with claimed weights, where that was asked for.
@@ -44,6 +45,7 @@ class StepHooks:
         self.optimizers: list[optim.Optimizer] = []
         self.attached = True
         self.frozen = False
+        self.hardened = False
         self.callbacks: list[Callable[[MaskUpdate], object]] = []
         self.adopt: Callable[[optim.Optimizer], None] | None = None
         self._model = model
@@ -227,6 +229,8 @@ class StepHooks:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if _is_no_step(optimizer):
             return None
+        if self.hardened:
+            raise OrderError("sparsity.hardened() is in force, which is for evaluations; leave it before the next step")
         index = self._index(optimizer)
         self._held(optimizer)
         closure = args[1] if len(args) > 1 else kwargs.get("closure")

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.utils import parametrize
 
 from gossamer.errors import ConfigurationError
-from gossamer.targets import Target, local, whole
+from gossamer.targets import Target, local, unshare_class, whole
 
 INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """The integer type of so many bytes, for work on the bits of a number."""
@@ -95,6 +95,7 @@ class MaskedTensor:
         self.enforce()
         if self.computed is not None:
             for owner, attribute in self.target.places:
+                unshare_class(owner)
                 parametrize.remove_parametrizations(owner, attribute, leave_parametrized=True)
             self.parameter.grad = None  # that of the numbers, in their shape
             self.computed = None

@@ -130,6 +130,13 @@ class Target:
         self.sharded = found if isinstance(found, DTensor) else None
 
 
+def unshare_class(module: nn.Module) -> None:
+    """Give a module that has parametrizations a class of its own: copies share it, and lose it with the first."""
+    shared = type(module)
+    members = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
+    module.__class__ = type(shared.__name__, shared.__bases__, members)
+
+
 def plain_name(name: str) -> str:
     """Return a parameter's or module's name without what wrappers (see `WRAPPERS`) and parametrizations add."""
     plain = ".".join(part for part in name.split(".") if part not in WRAPPERS)

@@ -245,14 +245,15 @@ def test_a_round_that_is_ended_by_hand_is_followed_by_one_of_the_usual_length() 
 
 
 def test_a_run_without_the_step_at_which_the_last_round_is_pruned_is_refused() -> None:
-    (method,) = gs.attach(TinyNet(), ROUNDS["imp"]()).methods
-    method.check_run(7)
-    with pytest.raises(
-        gs.ConfigurationError, match=r"2 rounds of 3 steps are 6, which end with step 7, and the run has 6;"
-    ):
-        method.check_run(6)
-    (method,) = gs.attach(TinyNet(), ROUNDS["continuous"]()).methods
-    method.check_run(6)  # `finalize` takes the ticket
+    for name in ("imp", "continuous"):
+        (method,) = gs.attach(TinyNet(), ROUNDS[name]()).methods
+        method.check_run(7)
+        with pytest.raises(
+            gs.ConfigurationError, match=r"2 rounds of 3 steps are 6, which end with step 7, and the run has 6;"
+        ):
+            method.check_run(6)
+    (method,) = gs.attach(TinyNet(), gs.ContinuousSparsification(rounds=2, length=3)).methods
+    method.check_run(6)  # `finalize` takes the ticket, and nothing is rewound
     with pytest.raises(gs.ConfigurationError, match=r"2 rounds of 3 steps are 6, and the run has 5"):
         method.check_run(5)
 

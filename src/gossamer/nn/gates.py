@@ -19,6 +19,11 @@ have to be 4e22 long to change it at all, in single precision.
 """
 
 
+def lasting(dtype: torch.dtype) -> float:
+    """`KEPT`, or what of it a type of numbers can hold."""
+    return min(KEPT, torch.finfo(dtype).max / 4)
+
+
 def soft_mask(scores: Tensor, temperature: Tensor | float) -> Tensor:
     """`σ(β·s)` (Savarese et al., 2020, eq. 6), with 0 for what is so small that a weight under it might be denormal.
 
@@ -45,7 +50,7 @@ def suppress(scores: Tensor, temperature: Tensor | float, initial: float) -> Ten
         temperature: `β` at the end of the round.
         initial: `s₀`.
     """
-    return torch.where(scores > 0, (temperature * scores).clamp(max=initial), -KEPT)
+    return torch.where(scores > 0, (temperature * scores).clamp(max=initial), -lasting(scores.dtype))
 
 
 def centered_in_cells(scores: Tensor, n: int, m: int) -> Tensor:

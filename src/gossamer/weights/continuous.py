@@ -18,7 +18,7 @@ from gossamer.errors import ConfigurationError, StateError
 from gossamer.groups import Groups, Spread
 from gossamer.masks import Change, MaskedTensor, rows_like
 from gossamer.method import Proposal, StateOf
-from gossamer.nn.gates import KEPT, SoftMask, code_scale, soft_mask, suppress
+from gossamer.nn.gates import SoftMask, code_scale, lasting, soft_mask, suppress
 from gossamer.rewind import Rounds
 from gossamer.structure import as_structure
 from gossamer.targets import Target, local, whole
@@ -159,6 +159,8 @@ class ContinuousSparsification(LearnedMethod):
         Warns:
             UserWarning: Nothing of a layer is left.
         """
+        if self.tensors:
+            return Proposal([])
         if self._rounds.done + 1 < self._rounds.rounds:
             return self._next_round()
         proposal = self.ticket(step, state)
@@ -175,6 +177,7 @@ class ContinuousSparsification(LearnedMethod):
 
     def _next_round(self) -> Proposal:
         """Suppress for good what has no score above 0, and begin the next round with the rest."""
+        self._check_rewind()
         kept = self._chosen(last=False)
         self._warn_of_empty(kept)
         self._rounds.end()
@@ -193,6 +196,7 @@ class ContinuousSparsification(LearnedMethod):
         """Make masks hard."""
         if self.tensors:
             return Proposal([])
+        self._check_rewind()
         kept = self._chosen(last=True)
         self._warn_of_empty(kept)
         self._rounds.done = self._rounds.rounds - 1
@@ -225,6 +229,12 @@ class ContinuousSparsification(LearnedMethod):
                     f"{self.name}: finalized in round {self._rounds.done + 1} of {self.rounds} at temperature "
                     f"{temperature:.4g}, below {self.final_temperature:g}: masks that are still soft become hard "
                     "now; train to the end of the rounds",
+                    stacklevel=4,
+                )
+            if self.rewind is not None:
+                warnings.warn(
+                    f"{self.name}: finalized before the ticket was rewound to step {self.rewind}; train one step "
+                    f"beyond the {self.rounds} rounds of {self.length} steps, and then the ticket",
                     stacklevel=4,
                 )
             kept = self._chosen(last=True)
@@ -287,7 +297,7 @@ class ContinuousSparsification(LearnedMethod):
 
     def check_run(self, steps: int) -> None:
         """See `Method.check_run`."""
-        self._rounds.check_run(steps)
+        self._rounds.check_run(steps, more=0 if self.rewind is None else 1)
 
     def config(self) -> dict[str, Any]:
         """See `Method.config`."""
@@ -379,11 +389,23 @@ class ContinuousSparsification(LearnedMethod):
             return [each > 0 for each in scores]
         ranked = torch.cat([each.reshape(-1) for each in scores]).sort(descending=True, stable=True).indices
         sizes = torch.cat([torch.full((part.total,), part.size, device=ranked.device) for part in self.scored])
-        fits = sizes[ranked].cumsum(0) <= active_weights(self.sparsity, self._total())
-        kept = torch.zeros_like(fits).index_fill_(0, ranked[fits], True)
+        left, order = active_weights(self.sparsity, self._total()), ranked
+        kept = torch.zeros_like(ranked, dtype=torch.bool)
+        while len(order := order[sizes[order] <= left]):  # as often as there are sizes, at most
+            fits = sizes[order].cumsum(0) <= left
+            kept[order[fits]] = True
+            left -= int(sizes[order[fits]].sum())
+            order = order[~fits]
         parts = kept.tensor_split([sum(each.numel() for each in scores[:i]) for i in range(1, len(scores))])
         # What an earlier round has suppressed does not come back, also where fewer are left than were asked for.
-        return [part.view(each.shape) & (each > -KEPT / 2) for part, each in zip(parts, scores, strict=True)]
+        return [
+            part.view(each.shape) & (each > -lasting(each.dtype) / 2) for part, each in zip(parts, scores, strict=True)
+        ]
+
+    def _check_rewind(self) -> None:
+        """Raise an OrderError where a rewind was asked for, and its point is still to come."""
+        if self.rewind is not None and self._rounds.kept is None:
+            self._rounds.back(self._model)
 
     def _warn_of_empty(self, kept: Sequence[Tensor]) -> None:
         for scored, chosen in zip(self.scored, kept, strict=True):
@@ -404,7 +426,8 @@ class ContinuousSparsification(LearnedMethod):
         with torch.no_grad():
             for scored, chosen in zip(self.scored, kept, strict=True):
                 scores = scored.scores
-                local(scores).copy_(rows_like(torch.where(chosen, KEPT, -KEPT), scores))
+                most = lasting(scores.dtype)
+                local(scores).copy_(rows_like(torch.where(chosen, most, -most), scores))
 
     def _mask(self, target: Target, kept: Sequence[Tensor]) -> Tensor:
         """This rank's part of a hard mask of a weight, int8."""

@@ -25,7 +25,7 @@ from gossamer.masks import MaskedTensor, count_active, rows_like
 from gossamer.method import Masks, Method
 from gossamer.nn.gates import Gates
 from gossamer.structure import Element, Structure, as_structure
-from gossamer.targets import Selection, Target, local, select, whole
+from gossamer.targets import Selection, Target, local, select, unshare_class, whole
 
 
 @dataclass(eq=False)
@@ -159,7 +159,9 @@ class LearnedMethod(Method):
             for owner, attribute in target.places:
                 parametrize.register_parametrization(owner, attribute, gates)
         recurrent = {owner: None for target in self._claimed for owner, _ in target.places if _keeps_weights(owner)}
-        self._handles: list[RemovableHandle] = [owner.register_forward_hook(_forget_weights) for owner in recurrent]
+        self._handles: list[RemovableHandle] = [
+            owner.register_forward_hook(_forget_weights, always_call=True) for owner in recurrent
+        ]
 
     @abstractmethod
     def _first_score(self) -> float:
@@ -315,6 +317,7 @@ def _remove_gates(module: nn.Module, name: str) -> None:
     place = lists[name]
     found = next(each for each in type(module).__mro__ if name in vars(each))
     if found is type(module):
+        unshare_class(module)
         parametrize.remove_parametrizations(module, name, leave_parametrized=False)
     else:  # FSDP2 has made a class over the one that torch made for the parametrization, which is shared by nobody else
         original = place.original
