@@ -439,7 +439,9 @@ def test_a_ranked_ticket_goes_on_past_groups_that_do_not_fit() -> None:
     first, second = sparsity.param_groups()[0]["params"]
     first.data.copy_(torch.linspace(0.1, 1, 128))
     second.data.copy_(torch.tensor([2.0, 3.0, 4.0, 5.0]))
-    sparsity.update("ticket")
+    told = r"steering ended with 100\.00% of the weights above 0, where 10\.00% were asked for; the ticket has 10\.00%"
+    with pytest.warns(UserWarning, match=told):
+        sparsity.update("ticket")
     masks = sparsity.masks()
     assert masks["2.weight"].any(1).tolist() == [False, False, False, True]
     assert int(masks["0.weight"].any(1).sum()) == 3  # of 153 weights 128, and three rows of eight
@@ -483,6 +485,21 @@ def test_a_ticket_of_n_of_m_has_exactly_so_many_in_every_cell() -> None:
     assert ((layer.weight != 0).view(8, 4, 4).sum(2) == 2).all()
 
 
+def test_what_is_told_of_cells_counts_those_that_will_live() -> None:
+    layer = nn.Linear(8, 4)
+    sparsity = gs.attach(layer, gs.ContinuousSparsification(rounds=1, length=5, structure="2:4"))
+    (scores,) = sparsity.param_groups()[0]["params"]
+    scores.data.copy_(5 + torch.rand(scores.shape, generator=torch.Generator().manual_seed(0)))
+    (method,) = sparsity.methods
+    (row,) = method.learned()
+    cells = scores.detach().view(-1, 4)
+    middle = cells.sort(1).values[:, 1:3].mean(1, keepdim=True)
+    assert row["above_0"] == 16
+    assert row["mass"] == pytest.approx(torch.sigmoid(cells - middle).sum().item(), rel=1e-5)
+    assert method.metrics()["hard_density"] == 0.5
+    assert method.metrics()["soft_density"] == pytest.approx(row["mass"] / 32)
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 
@@ -492,6 +509,7 @@ def test_a_ticket_of_n_of_m_has_exactly_so_many_in_every_cell() -> None:
         ({"rounds": 0}, r"rounds: expected an integer of at least 1, got 0"),
         ({"length": 0}, r"length: expected an integer of at least 1, got 0"),
         ({"final_temperature": 0.5}, r"final_temperature: expected a number in \[1, 1e\+06\], got 0.5"),
+        ({"final_temperature": 1}, r"final_temperature: got 1, where masks would stay as soft as they begin"),
         ({"final_temperature": float("inf")}, r"final_temperature: .*got inf"),
         ({"penalty": float("nan")}, r"penalty: .*got nan"),
         ({"initial_value": "0"}, r"initial_value: .*got '0'"),
@@ -508,6 +526,14 @@ def test_a_ticket_of_n_of_m_has_exactly_so_many_in_every_cell() -> None:
 def test_what_cannot_be_meant_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(gs.ConfigurationError, match=f"^ContinuousSparsification: {message}"):
         gs.ContinuousSparsification(**{"length": 10} | options)
+
+
+def test_weights_that_have_learned_masks_already_are_refused() -> None:
+    model = net()
+    gs.attach(model, gs.ContinuousSparsification(length=10))
+    for method in (gs.ContinuousSparsification(length=10), gs.SET(0.5)):
+        with pytest.raises(gs.ConfigurationError, match=r"0\.weight: has learned masks of an attached method already"):
+            gs.attach(model, method)
 
 
 def test_n_of_m_takes_one_round() -> None:

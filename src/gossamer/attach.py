@@ -240,6 +240,9 @@ class Sparsity:
     def update(self, phase: str = "update", **arguments: Any) -> list[MaskUpdate]:
         """Update masks now, whatever the schedule says.
 
+        Between an optimizer's step and the next backward pass; gradients stay as they are, also where an update that
+        is due by the schedule would have left out their step.
+
         Args:
             phase: `"update"`, or the name of a phase that a method offers (DSR: `"prune"`, `"reallocate"`,
                 `"adjust_threshold"`).
@@ -299,6 +302,8 @@ class Sparsity:
     @torch.no_grad()
     def project(self, copy: nn.Module) -> None:
         """Write the present masks into a copy of the model, such as an EMA or SWA average.
+
+        Masks that are still being learned are none yet: the gates of a copy are its own.
 
         Args:
             copy: A module with the same parameter names, or one around such a module, on all ranks; its weights may

@@ -120,19 +120,20 @@ def check_claims(methods: Sequence[Method]) -> None:
         for name in method.occupies():
             if name in owner:
                 raise ConfigurationError(
-                    f"{name}: is a site of both {owner[name]!r} and {method!r}; give them `sites` that do not overlap"
+                    f"{name}: is a site of both {_kind(owner[name])} and {_kind(method)}; give them `sites` that do "
+                    "not overlap"
                 )
             owner[name] = method
         if method.over_all and len(methods) > 1:
             raise ConfigurationError(
-                f"{method!r}: over='all' counts every other weight as dense, and another method is attached beside it; "
-                "give each its sparsity over='targets'"
+                f"{_kind(method)}: over='all' counts every other weight as dense, and another method is attached "
+                "beside it; give each its sparsity over='targets'"
             )
         for target in method.claims():
             if target.name in owner:
                 raise ConfigurationError(
-                    f"{target.name}: belongs to both {owner[target.name]!r} and {method!r}; give them `targets` that "
-                    "do not overlap"
+                    f"{target.name}: belongs to both {_kind(owner[target.name])} and {_kind(method)}; give them "
+                    "`targets` that do not overlap"
                 )
             owner[target.name] = method
             if not target.parameter.requires_grad:
@@ -141,6 +142,10 @@ def check_claims(methods: Sequence[Method]) -> None:
                     f"targets=['!{target.name}'], or prune it with gossamer.prune"
                 )
     check_unclaimed(target.parameter for method in methods for target in method.claims())
+
+
+def _kind(method: Method) -> str:
+    return type(method).__name__
 
 
 def check_room(model: nn.Module, found: Sequence[optim.Optimizer], learned: Collection[nn.Parameter] = ()) -> None:

@@ -172,11 +172,16 @@ def _fitting(kept: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     found = {}
     for name, tensor in everything(model):
         value = kept[name] if name in kept else by_saved_name.get(saved_name(name))
-        if not isinstance(value, Tensor) or value.is_meta or value.shape != tensor.shape:
-            there = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r:.40}"
+        if (
+            not isinstance(value, Tensor)
+            or value.is_meta
+            or value.shape != tensor.shape
+            or value.is_floating_point() != tensor.is_floating_point()
+        ):
+            there = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r:.40}"
             raise StateError(
-                f"{name}: has shape {tuple(tensor.shape)}, and at the rewind point it had {there}; go on with the "
-                "model that was trained, unchanged, or the file is damaged"
+                f"{name}: is {tensor.dtype} {tuple(tensor.shape)}, and at the rewind point it was {there}; go on with "
+                "the model that was trained, unchanged, or the file is damaged"
             )
         found[name] = value
     return found

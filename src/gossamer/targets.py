@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 
 from gossamer.checks import closest
 from gossamer.errors import ConfigurationError
+from gossamer.nn.gates import Gates
 
 Predicate = Callable[[str, nn.Module, nn.Parameter], bool]
 """Takes the parameter's name, the module that owns it and the parameter; returns whether it is a target."""
@@ -312,6 +313,11 @@ def _check(target: Target) -> None:
         base = attribute.removesuffix("_orig")
         weight_norm = base[-2:] in ("_g", "_v") and {f"{base[:-2]}_g", f"{base[:-2]}_v"} <= owner._parameters.keys()
         parametrized = isinstance(owner, parametrize.ParametrizationList)
+        if parametrized and isinstance(owner[0], Gates):  # type: ignore[index]
+            raise ConfigurationError(
+                f"{target.name}: has learned masks of an attached method already; finalize or detach that first, or "
+                "choose other targets"
+            )
         if parametrized or weight_norm or hasattr(owner, f"{base}_mask"):
             raise ConfigurationError(
                 f"{target.name}: this weight is computed from others by a parametrization or by torch.nn.utils.prune; "

@@ -18,6 +18,8 @@ from .tables import LEARNED, LearnedRow, TinyNet, bits, snapshot
 
 CASES = [pytest.param(row, s, id=f"{row.id}-{s}") for row in LEARNED for s in row.structures]
 ROWS = [pytest.param(row, id=row.id) for row in LEARNED]
+# A handful of steps is too few to steer by, and what is tested here is not how near that comes.
+pytestmark = pytest.mark.filterwarnings("ignore:continuous. steering ended:UserWarning")
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], optim.Optimizer]] = {
     "sgd": lambda p: optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-2),
     "adamw": lambda p: optim.AdamW(p, lr=1e-2, weight_decay=0.1),

@@ -18,14 +18,14 @@ from gossamer.errors import ConfigurationError, StateError
 from gossamer.groups import Groups, Spread
 from gossamer.masks import Change, MaskedTensor, rows_like
 from gossamer.method import Proposal, StateOf
-from gossamer.nn.gates import SoftMask, code_scale, lasting, soft_mask, suppress
+from gossamer.nn.gates import SoftMask, centered_in_cells, code_scale, lasting, soft_mask, suppress
 from gossamer.rewind import Rounds
 from gossamer.structure import as_structure
 from gossamer.targets import Target, local, whole
-from gossamer.weights.learned import LearnedMethod, gates_of
+from gossamer.weights.learned import LearnedMethod, Scored, gates_of
 from gossamer.weights.steering import Steering
 
-MOST = 1e6
+HOTTEST = 1e6
 """The highest final temperature: at it a score of 1e-6 is a mask of 0.73, and beyond there is no precision left."""
 
 MEASUREMENTS = 200
@@ -33,6 +33,9 @@ MEASUREMENTS = 200
 
 GAIN = 300.0
 """The integral part of a penalty's control, over a round that is e-fold off its goal all along."""
+
+NEAR = 0.005
+"""How far steering may end from the density that was asked for, without a warning."""
 
 ARRIVED = 0.6
 """The part of a round after which a steered density is to be what the round ends with: later few masks move at all."""
@@ -52,7 +55,7 @@ class ContinuousSparsification(LearnedMethod):
     Args:
         initial_value: First score `s₀`: 0 in the paper, about -0.1 for fewer weights, 0.1 for more.
         penalty: The factor λ, at least 0; with `sparsity` where it starts.
-        final_temperature: β at the end of a round, at least 1.
+        final_temperature: β at the end of a round, above 1.
         rounds: Rounds of search, at least 1.
         rewind: Steps of the first round after which weights, buffers and all else are kept for the ticket, from 0 on;
             `None` to go on with the weights as they are. Parameters that are frozen at the end stay as they are.
@@ -91,7 +94,9 @@ class ContinuousSparsification(LearnedMethod):
         super()._check()
         check_number("initial_value", self.initial_value, -50, 50)
         check_number("penalty", self.penalty, 0, float("inf"), open_high=True)
-        check_number("final_temperature", self.final_temperature, 1, MOST)
+        check_number("final_temperature", self.final_temperature, 1, HOTTEST)
+        if self.final_temperature == 1:
+            raise ConfigurationError("final_temperature: got 1, where masks would stay as soft as they begin; raise it")
         check_integer("every", self.every, at_least=1)
         if self.scaling not in ("paper", "code"):
             raise ConfigurationError(f"scaling: got {self.scaling!r}; allowed are 'paper' and 'code'")
@@ -157,7 +162,7 @@ class ContinuousSparsification(LearnedMethod):
         """See `Method.update`: ends the present round, the last one with the ticket, rewound where that was asked for.
 
         Warns:
-            UserWarning: Nothing of a layer is left.
+            UserWarning: Nothing of a layer is left, or steering ended far from the sparsity that was asked for.
         """
         if self.tensors:
             return Proposal([])
@@ -197,6 +202,7 @@ class ContinuousSparsification(LearnedMethod):
         if self.tensors:
             return Proposal([])
         self._check_rewind()
+        self._warn_of_miss()
         kept = self._chosen(last=True)
         self._warn_of_empty(kept)
         self._rounds.done = self._rounds.rounds - 1
@@ -237,6 +243,7 @@ class ContinuousSparsification(LearnedMethod):
                     f"beyond the {self.rounds} rounds of {self.length} steps, and then the ticket",
                     stacklevel=4,
                 )
+            self._warn_of_miss()
             kept = self._chosen(last=True)
             self._warn_of_empty(kept)
             self._write_scores(kept)
@@ -270,7 +277,7 @@ class ContinuousSparsification(LearnedMethod):
         """Of every division how many scores are above 0, and the mass of the soft mask."""
         rows, temperature = [], self._temperature()
         for each in self.scored:
-            scores = whole(each.scores)
+            scores = self._centered(each)
             rows.append(
                 {
                     "name": each.name,
@@ -290,7 +297,7 @@ class ContinuousSparsification(LearnedMethod):
         return {
             "rounds_done": self._rounds.done,
             "hard_density": float(self._density()),
-            "soft_density": float(self._mass().detach()) / self._total(),
+            "soft_density": self._soft_density(),
             "temperature": float(self._temperature()),
             "penalty": 0.0 if self.tensors else strength,
         }
@@ -375,8 +382,21 @@ class ContinuousSparsification(LearnedMethod):
         # Scores begin alike and need time to part: before that a reward would lift them all.
         self._steering.steer(self._density(), goal, final, rewards=way >= 0.5)
 
+    def _centered(self, scored: Scored) -> Tensor:
+        """Whole scores as the gates have them: those of N:M relative to the others of their cell."""
+        scores = whole(scored.scores)
+        return scores if scored.cell is None else centered_in_cells(scores, *scored.cell)
+
+    def _soft_density(self) -> float:
+        """The mean of the soft mask over weights; where groups overlap each counts the whole."""
+        temperature = self._temperature()
+        masks = [float(soft_mask(self._centered(each), temperature).sum()) * each.size for each in self.scored]
+        return sum(masks) / self._total()
+
     def _density(self) -> Tensor:
-        """The fraction of weights, in whole groups, whose score is above 0; 0-dim."""
+        """The fraction of weights whose group is to live, 0-dim; where groups overlap each counts the whole."""
+        if (cell := self.scored[0].cell) is not None:
+            return torch.tensor(cell[0] / cell[1])
         return self._sum(lambda scores: (scores.detach() > 0).double()) / self._total()
 
     def _chosen(self, last: bool) -> list[Tensor]:
@@ -406,6 +426,18 @@ class ContinuousSparsification(LearnedMethod):
         """Raise an OrderError where a rewind was asked for, and its point is still to come."""
         if self.rewind is not None and self._rounds.kept is None:
             self._rounds.back(self._model)
+
+    def _warn_of_miss(self) -> None:
+        if self.sparsity is None or abs((found := float(self._density())) - (asked := 1 - self.sparsity)) <= NEAR:
+            return
+        remedy = "give rounds more steps, or scores a higher lr"
+        if self.ranking:
+            remedy = f"the ticket has {asked:.2%} of them, those with the highest scores; for better ones, {remedy}"
+        warnings.warn(
+            f"{self.name}: steering ended with {found:.2%} of the weights above 0, where {asked:.2%} were asked for; "
+            f"{remedy}",
+            stacklevel=5,
+        )
 
     def _warn_of_empty(self, kept: Sequence[Tensor]) -> None:
         for scored, chosen in zip(self.scored, kept, strict=True):

@@ -288,7 +288,7 @@ class LearnedMethod(Method):
 def whole_sums(scores: Sequence[Tensor], function: Callable[[Tensor], Tensor]) -> Tensor:
     """The sum of a function of every number of each tensor, over all ranks where it is sharded; differentiable.
 
-    At most one collective. A gradient stays on the rank that holds the number.
+    At most one collective. A gradient stays on the rank that holds the number. Half precision is summed in single.
 
     Args:
         scores: The tensors.
@@ -298,7 +298,8 @@ def whole_sums(scores: Sequence[Tensor], function: Callable[[Tensor], Tensor]) -
         `(tensors,)`.
     """
     sharded = [each for each in scores if isinstance(each, DTensor)]
-    sums = torch.stack([function(each.to_local() if isinstance(each, DTensor) else each).sum() for each in scores])
+    parts = [each.to_local() if isinstance(each, DTensor) else each for each in scores]
+    sums = torch.stack([function(part.float() if part.element_size() < 4 else part).sum() for part in parts])
     if not sharded:
         return sums
     held = torch.tensor([isinstance(each, DTensor) for each in scores], device=sums.device)

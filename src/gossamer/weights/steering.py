@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOST = 30.0
+HIGHEST = 30.0
 """Within this the controller's level stays: at it λ is 5e12 times what it starts from."""
 
 
@@ -46,11 +46,11 @@ class Steering:
         density = density.double()
         too_few = density < final
         error = (density / torch.where(too_few, final, goal)).log().clamp(-1.0, 1.0)
-        least = torch.where(too_few, -MOST, 0.0) if rewards else torch.zeros_like(density)
+        least = torch.where(too_few, -HIGHEST, 0.0) if rewards else torch.zeros_like(density)
         self._level = (self._level.to(density.device) + self._i * error).clamp(
-            min=least, max=torch.full_like(least, MOST)
+            min=least, max=torch.full_like(least, HIGHEST)
         )
-        level = (self._level + self._p * error).clamp(min=least, max=torch.full_like(least, MOST))
+        level = (self._level + self._p * error).clamp(min=least, max=torch.full_like(least, HIGHEST))
         self.strength = (self._scale * level.sinh()).float()
 
     def state_dict(self) -> dict[str, Any]:
