@@ -262,6 +262,7 @@ def test_a_sharp_threshold_becomes_the_hard_one_it_is_made_into() -> None:
         (lambda: LossySparsifier(a=-1), r"a: expected a number in \[0"),
         (lambda: LossySparsifier("x"), "eps: expected a number"),
         (lambda: LossySparsifier(float("nan")), "eps: expected a number"),
+        (lambda: LossySparsifier(torch.tensor([0.1, float("nan")])), "eps: expected finite numbers, got a tensor with"),
         (lambda: LossySparsifier(torch.tensor(1)), r"eps: expected a number, or.*\(channels,\), got \(\), torch.int64"),
         (lambda: LossyHardSparsifier(torch.ones(2), channels=3), r"of shape \(\), \(1,\) or \(3,\), got \(2,\)"),
         (lambda: LossySparsifier(torch.ones(0)), r"got \(0,\), torch.float32"),

@@ -109,6 +109,21 @@ def test_a_mask_that_is_loaded_may_keep_another_number_of_positions() -> None:
     assert layers[1](x).equal(layers[0](x))
 
 
+def test_a_mask_that_is_assigned_may_keep_another_number_of_positions() -> None:
+    layer = SparseBatchNorm(2, SparseActivation(4, quarters=2))
+    mask = torch.zeros(4, 4)
+    mask[0, :3] = 1
+    layer.activation.mask = mask
+    assert layer.activation.density == 3 / 16
+    y = layer(torch.randn(5, 2, 4, 4))
+    assert y[..., 0, :3].all()
+    assert y.count_nonzero() == 5 * 2 * 3
+    for wrong in (torch.zeros(4, 4), torch.ones(4, 5), None):
+        with pytest.raises(gs.ConfigurationError, match=r"mask: got .*expected True and False for \(4, 4\), not all F"):
+            layer.activation.mask = wrong
+    assert layer.activation.mask.equal(mask.bool())
+
+
 def test_dense_inference_sets_nothing_to_zero() -> None:
     layer = SparseActivation(4, density=0.25, dynamic=True)
     assert (layer.sparsity, layer.eval().sparsity, layer.density) == (0.75, 0.0, 0.25)

@@ -78,3 +78,8 @@ def test_modules_that_attention_reads_are_no_sites():
 def test_what_chooses_nothing_is_refused_with_a_remedy(selection, message):
     with pytest.raises(ConfigurationError, match=message):
         names(selection)
+
+
+def test_a_model_without_modules_has_no_sites():
+    with pytest.raises(ConfigurationError, match=r"sites: Linear has no modules within it.*torch\.nn\.Sequential"):
+        select_sites(nn.Linear(2, 2))

@@ -106,6 +106,11 @@ def select_sites(
         ConfigurationError: A part that matches nothing, or nothing is left.
     """
     called = called_modules(model)
+    if not called:
+        raise ConfigurationError(
+            f"sites: {type(model).__name__} has no modules within it that could be sites; put it into a "
+            "torch.nn.Sequential and attach to that"
+        )
     usual = [name for name, module in called.items() if isinstance(module, default.types)]
     last = [] if logits else _makes_logits(called, usual)
     eligible = [name for name in usual if name not in last]

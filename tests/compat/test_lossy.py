@@ -312,7 +312,7 @@ def test_twice_is_an_error_that_changes_nothing():
             "nothing: Net has no threshold",
         ),
         (lambda net, sites: sparsify(Net(), float("nan")), gs.ConfigurationError, "eps: expected a number"),
-        (lambda net, sites: sparsify(nn.ReLU(), 0.5), gs.ConfigurationError, "sites: none in ReLU"),
+        (lambda net, sites: sparsify(nn.ReLU(), 0.5), gs.ConfigurationError, "sites: ReLU has no modules within it"),
         (lambda net, sites: sparsify("net", 0.5), gs.ConfigurationError, "expected a torch.nn.Module, got str"),
         (lambda net, sites: sparsify(nn.DataParallel(Net()), 0.5), gs.OrderError, "is already wrapped"),
     ],

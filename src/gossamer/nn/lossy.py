@@ -427,9 +427,11 @@ def _first(eps: float | Tensor | None, channels: int | None) -> Tensor:
                 f"eps: expected a number, or floating-point numbers of shape {wanted}, got {tuple(eps.shape)}, "
                 f"{eps.dtype}"
             )
+        if not eps.is_meta and not eps.isfinite().all():
+            raise ConfigurationError("eps: expected finite numbers, got a tensor with others")
         return eps.detach().reshape(-1).expand(channels or eps.numel()).clone()
     value = 0.1 if eps is None else eps
-    check_number("eps", value, float("-inf"), float("inf"))
+    check_number("eps", value, -_LARGEST, _LARGEST)
     return torch.full((channels or 1,), float(value))
 
 

@@ -189,6 +189,15 @@ class SparseActivation(nn.Module):
         """The kept positions of a flattened image, int64 `(kept,)`, in order."""
         return self.mask.flatten().to(torch.int8).argsort(descending=True, stable=True)[: self.kept]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "mask":
+            if not isinstance(value, Tensor) or tuple(value.shape) != self.size or not value.any():
+                got = f"{tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else repr(value)
+                raise ConfigurationError(f"mask: got {got}; expected True and False for {self.size}, not all False")
+            value = value != 0
+            self.kept = int(value.sum())
+        super().__setattr__(name, value)
+
     def _draw(self) -> Tensor:
         """Positions that follow from the seed and the number of draws, alike on every device and compiled as well."""
         total = self.size[0] * self.size[1]
