@@ -21,7 +21,7 @@ from gossamer.nn import LossyHardSparsifier, LossySparsifier
 from gossamer.prune import import_torch_masks, prune
 from gossamer.structure import ISS, NM, Block, Element
 from gossamer.summary import Summary
-from gossamer.weights import DSR, GMP, IMP, SET, STR, ContinuousSparsification, HardConcrete, RigL, Static
+from gossamer.weights import DSR, GMP, IMP, SET, STR, ContinuousSparsification, HardConcrete, Hebbian, RigL, Static
 
 __version__ = version("gossamer")
 
@@ -44,6 +44,7 @@ __all__ = [
     "Element",
     "GossamerError",
     "HardConcrete",
+    "Hebbian",
     "LossyHardSparsifier",
     "LossySparsifier",
     "LossyThreshold",

@@ -15,7 +15,22 @@ from torch import Tensor
 from gossamer.checks import closest
 from gossamer.errors import ConfigurationError
 from gossamer.masks import MaskedTensor
+from gossamer.strengths import coactivation, correlation
 from gossamer.targets import local
+
+__all__ = [
+    "SCORES",
+    "Score",
+    "StateOf",
+    "View",
+    "as_score",
+    "coactivation",
+    "correlation",
+    "gradient",
+    "magnitude",
+    "momentum",
+    "movement",
+]
 
 Score = Callable[["View"], Tensor]
 
@@ -124,17 +139,23 @@ SCORES: dict[str, Score] = {
 }
 
 
-def as_score(score: str | Score, name: str = "score") -> Score:
-    """Look up a score by name; a function is returned as it is. `name` is what the argument is called in messages.
+def as_score(score: str | Score, name: str = "score", more: Mapping[str, Score] | None = None) -> Score:
+    """Look up a score by name; a function is returned as it is.
+
+    Args:
+        score: A name or a function.
+        name: What the argument is called in messages.
+        more: Scores that have names beside `SCORES`.
 
     Raises:
         ConfigurationError: An unknown name.
     """
     if callable(score):
         return score
-    if not isinstance(score, str) or score not in SCORES:
+    known = SCORES | dict(more or {})
+    if not isinstance(score, str) or score not in known:
         raise ConfigurationError(
-            f"{name}: got {score!r}; allowed are {', '.join(map(repr, SCORES))}, or a function of a View"
-            + closest(str(score), SCORES)
+            f"{name}: got {score!r}; allowed are {', '.join(map(repr, known))}, or a function of a View"
+            + closest(str(score), known)
         )
-    return SCORES[score]
+    return known[score]

@@ -18,7 +18,7 @@ from gossamer.errors import ConfigurationError, StateError
 from gossamer.groups import Groups, changes
 from gossamer.masks import Change, MaskedTensor, count_active, count_over_shards
 from gossamer.method import Masks, Method
-from gossamer.scores import Score, as_score
+from gossamer.scores import Score
 from gossamer.state import check_random
 from gossamer.structure import Structure, as_structure
 from gossamer.targets import Selection, parameter_count, select
@@ -201,7 +201,7 @@ class MaskMethod(Method):
         except ConfigurationError as error:
             raise ConfigurationError(f"{type(self).__name__}: {error}") from None
 
-    def _scores(self) -> list[str | Score]:
+    def _scores(self) -> list[Score]:
         """The scores by which groups are ranked."""
         return []
 
@@ -213,10 +213,11 @@ class MaskMethod(Method):
                 f"{name}: is computed from other numbers and cannot be rescaled; use rescale=False"
             )
         for score in self._scores():
-            if getattr(as_score(score), "needs_gradient", False):
+            if getattr(score, "needs_gradient", False):
                 raise ConfigurationError(
-                    f"{name}: is computed from other numbers, and no gradient of its own is kept, by which {score!r} "
-                    "ranks; score by 'magnitude' and grow at random (SET, DSR), or leave it out of targets"
+                    f"{name}: is computed from other numbers, and no gradient of its own is kept, by which "
+                    f"{getattr(score, '__name__', score)!r} ranks; score by 'magnitude' and grow at random (SET, DSR), "
+                    "or leave it out of targets"
                 )
 
     def _start(self, given: list[tuple[Tensor, int]] | None) -> list[tuple[Tensor, int]]:

@@ -38,8 +38,8 @@ class PruningMethod(MaskMethod):
         super()._check()
         as_score(self.score)
 
-    def _scores(self) -> list[str | Score]:
-        return [self.score]
+    def _scores(self) -> list[Score]:
+        return [as_score(self.score)]
 
     def _prune(self, alive: list[Tensor], left: Fraction, state: StateOf) -> None:
         """Prune masks of groups to where this fraction of the way is left; weights that are frozen keep theirs."""

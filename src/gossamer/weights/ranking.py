@@ -58,7 +58,7 @@ def grow(
     alive: Sequence[Tensor],
     eligible: Sequence[Tensor],
     rooms: Sequence[int],
-    counts: Sequence[int],
+    counts: Sequence[int] | int,
     source: torch.Generator | Sequence[Tensor],
 ) -> None:
     """Activate exactly so many eligible groups of each weight; under N:M, what brings every cell to N active groups.
@@ -70,7 +70,7 @@ def grow(
         alive: Their masks, changed in place.
         eligible: bool, which may become active; none that is active; overwritten.
         rooms: Number of eligible groups of each global weight.
-        counts: How many to activate; ignored under N:M.
+        counts: How many to activate of each weight, or, by scores, of all ranked together; ignored under N:M.
         source: A generator, for random growth; or scores of all groups, of which the largest grow; overwritten.
 
     Raises:
@@ -78,10 +78,11 @@ def grow(
     """
     if groups[0].cell is not None:
         for i, each in enumerate(groups):
-            scores = _random_scores(each, len(alive[i]), source) if isinstance(source, torch.Generator) else source[i]
+            scores = random_scores(each, len(alive[i]), source) if isinstance(source, torch.Generator) else source[i]
             _fill_cells(each, alive[i], eligible[i], scores)
         return
     if isinstance(source, torch.Generator):
+        assert not isinstance(counts, int)
         chosen = sample(groups, eligible, rooms, counts, source)
     else:
         for scores, free in zip(source, eligible, strict=True):
@@ -133,7 +134,7 @@ def prune_to(
     return [now - lost for now, lost in zip(active, gone, strict=True)]
 
 
-def _random_scores(groups: Groups, here: int, generator: torch.Generator) -> Tensor:
+def random_scores(groups: Groups, here: int, generator: torch.Generator) -> Tensor:
     """Random scores of this rank's groups, drawn for all, so that they do not depend on the sharding."""
     whole = torch.rand(groups.total, generator=generator)
     return whole[groups.first : groups.first + here].to(groups.device)

@@ -8,6 +8,7 @@ from gossamer.checks import check_boolean
 from gossamer.errors import ConfigurationError
 from gossamer.method import Proposal, StateOf
 from gossamer.schedule import cosine_decay
+from gossamer.scores import Score, gradient
 from gossamer.weights.drop_grow import DropGrow
 
 
@@ -28,8 +29,11 @@ class RigL(DropGrow):
     skip_step: bool = True
 
     name = "rigl"
-    grow_score = "gradient"
     regrow_dropped = True
+
+    def _grow_by(self) -> Score | None:
+        """See `DropGrow._grow_by`."""
+        return gradient
 
     def _check(self) -> None:
         super()._check()

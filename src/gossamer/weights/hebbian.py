@@ -1,0 +1,504 @@
+"""Hebbian sparsity: connections whose two ends are active together stay, the others make room for new ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from functools import partial, reduce
+from itertools import compress
+from math import prod
+from operator import or_
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gossamer.checks import check_boolean, check_integer, check_number
+from gossamer.choice import largest_in_cells, refuse_nan
+from gossamer.connections import Connections, Statistic
+from gossamer.distribution import Distribution, active_weights, apportion_groups
+from gossamer.errors import ConfigurationError, OrderError, StateError
+from gossamer.groups import Groups, changes, layout_of
+from gossamer.masks import Change, MaskedTensor, count_over_shards, rows_like
+from gossamer.method import Masks, Proposal, StateOf
+from gossamer.scores import Score, View, as_score, magnitude
+from gossamer.sites import see_hooks
+from gossamer.strengths import LAYERS, check_activity, coactivation, correlation
+from gossamer.structure import Element, as_structure
+from gossamer.targets import local
+from gossamer.weights.drop_grow import DropGrow
+from gossamer.weights.ranking import drop, grow, prune_to, random_scores, scores_of_active
+
+STATISTICS = ("coactivation", "correlation", "absolute_correlation")
+SCOPES = ("slice", "tensor", "model")
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "gelu": F.gelu,
+    "silu": F.silu,
+}
+
+
+@dataclass(eq=False)
+class Hebbian(DropGrow):
+    """Keep the connections whose input and output are active together, in the manner of Hebb (1949).
+
+    The strength of a connection is how often its input and its output were both active, as a fraction of the times
+    they could have been, or their correlation (see `gossamer.scores.coactivation` and `correlation`). It is known of
+    pruned connections too. Every so often the weakest active ones of a tensor are dropped, and as many grow, which
+    begin anew. Strengths are measured in training, in every forward pass of every `count_every`-th step, over all
+    ranks.
+
+    Args:
+        drop_score: `"strength"`; `"strength_or_magnitude"`: only what both would drop goes, magnitudes of positive and
+            negative weights being ranked apart; `"weighted_magnitude"`, strength times magnitude; or any other score.
+        grow_score: `"random"`, `"strength"`, `"gradient"` or any other score. At random, what was just dropped does not
+            grow; else it may, and begins anew too.
+        scope: What is ranked against each other: `"tensor"`, all weights of each; `"model"`, the weights of all
+            tensors, which may then get more or fewer of them, one at least; `"slice"`, those of each slice of a weight
+            along `prune_dims`, which all have the same number of active ones.
+        prune_dims: Dimensions of a weight that slices are taken along; what is ranked are the others. `None` for (0, 1)
+            of a convolution, so that a slice is a kernel, and (0,) of a linear layer, all inputs of an output.
+        statistic: `"coactivation"`, `"correlation"` or `"absolute_correlation"`.
+        threshold: What is active, for coactivation; see there.
+        sigmoid: Likewise.
+        deviations: Likewise.
+        activation: Applied to the layer's output before it is measured: `"relu"`, `"sigmoid"`, `"tanh"`, `"gelu"`,
+            `"silu"`, or a function of a tensor; `None` for the output as it is.
+        count_every: Steps of which one is measured; at most those between two updates.
+        decay: Of a moving average over the steps measured, in [0, 1), which updates leave alone; `None` for the sum
+            since the last update.
+        reinitialize: Whether weights that grow start from `U(-b, b)` with `b = √(6/n)`, n being the inputs of an output
+            in the dense layer (He et al., 2015); else from 0.
+
+    The distribution is `"uniform"` unless another is given. See `DropGrow` and `MaskMethod` for the other arguments.
+
+    Raises:
+        ConfigurationError: A value out of range, when the method is made.
+    """
+
+    _: KW_ONLY
+    distribution: Distribution = "uniform"
+    drop_score: str | Score = "strength"
+    grow_score: str | Score = "random"
+    scope: str = "tensor"
+    prune_dims: Sequence[int] | None = None
+    statistic: str = "coactivation"
+    threshold: float = 0.0
+    sigmoid: bool = False
+    deviations: float | None = None
+    activation: str | Callable[[Tensor], Tensor] | None = None
+    count_every: int = 20
+    decay: float | None = None
+    reinitialize: bool = True
+
+    name = "hebbian"
+    steps = (*DropGrow.steps, "count_every")
+
+    def _check(self) -> None:
+        super()._check()
+        for name, value, allowed in (("scope", self.scope, SCOPES), ("statistic", self.statistic, STATISTICS)):
+            if value not in allowed:
+                raise ConfigurationError(f"{name}: got {value!r}; allowed are {', '.join(map(repr, allowed))}")
+        check_boolean("reinitialize", self.reinitialize)
+        check_activity(self.threshold, self.sigmoid, self.deviations)
+        if self.statistic != "coactivation" and (self.threshold or self.sigmoid or self.deviations is not None):
+            raise ConfigurationError(
+                f"threshold, sigmoid and deviations say what is active, and statistic={self.statistic!r} does not ask; "
+                "leave them out, or take 'coactivation'"
+            )
+        if not (self.activation is None or callable(self.activation) or self.activation in ACTIVATIONS):
+            raise ConfigurationError(
+                f"activation: got {self.activation!r}; allowed are {', '.join(map(repr, ACTIVATIONS))}, or a function"
+            )
+        if self.decay is not None:
+            check_number("decay", self.decay, 0, 1, open_high=True)
+        check_integer("count_every", self.count_every, at_least=1)
+        if self._schedule.shortest is not None and self.count_every > self._schedule.shortest:
+            raise ConfigurationError(
+                f"count_every={self.count_every}: nothing would be measured between updates that are "
+                f"{self._schedule.shortest} steps apart; measure more often"
+            )
+        self._check_scope()
+
+    def _check_scope(self) -> None:
+        structure = as_structure(self.structure)
+        if self.prune_dims is not None:
+            if self.scope != "slice":
+                raise ConfigurationError(f"prune_dims={self.prune_dims!r} is for scope='slice', got {self.scope!r}")
+            if not isinstance(self.prune_dims, list | tuple) or len(set(self.prune_dims)) < len(self.prune_dims):
+                raise ConfigurationError(f"prune_dims: expected a list of different numbers, got {self.prune_dims!r}")
+            for dim in self.prune_dims:
+                check_integer("prune_dims", dim, at_least=0)
+        if self.scope != "tensor" and not isinstance(structure, Element):
+            raise ConfigurationError(f"scope={self.scope!r} ranks single weights; structure {structure} needs 'tensor'")
+        if self.scope == "slice" and self.over != "targets":
+            raise ConfigurationError("scope='slice' has as many active weights in every slice; use over='targets'")
+        if self.scope == "slice" and self.distribution != "uniform" and isinstance(self.distribution, str):
+            raise ConfigurationError(
+                f"distribution={self.distribution!r}: slices of one weight are alike; use 'uniform' or a mapping"
+            )
+
+    # -- scores ------------------------------------------------------------------------------------------------------
+
+    def _own_scores(self) -> dict[str, Score]:
+        def strength(view: View) -> Tensor:
+            parameter = self._by_name[view.name].parameter
+            whole = self._connections[view.name].strength(self.decay).to(local(parameter).device)
+            return view.take(rows_like(whole, parameter)).clone()
+
+        def weighted_magnitude(view: View) -> Tensor:
+            return strength(view).mul_(view.weight.abs())
+
+        strength.signed = weighted_magnitude.signed = self.statistic == "correlation"  # type: ignore[attr-defined]
+        return {"strength": strength, "strength_or_magnitude": strength, "weighted_magnitude": weighted_magnitude}
+
+    def _drop_by(self) -> Score:
+        """See `DropGrow._drop_by`; for "strength_or_magnitude" the strength."""
+        return as_score(self.drop_score, "drop_score", self._own_scores())
+
+    def _grow_by(self) -> Score | None:
+        """See `DropGrow._grow_by`."""
+        if self.grow_score == "random":
+            return None
+        return as_score(self.grow_score, "grow_score", {"strength": self._own_scores()["strength"]})
+
+    # -- life cycle --------------------------------------------------------------------------------------------------
+
+    def bind(self, model: nn.Module, masks: Masks) -> None:
+        """See `Method.bind`."""
+        super().bind(model, masks)
+        statistic: Statistic = partial(correlation, absolute=self.statistic == "absolute_correlation")
+        if counts := self.statistic == "coactivation":
+            options = {name: getattr(self, name) for name in ("threshold", "sigmoid", "deviations")}
+            statistic = partial(coactivation, **options)
+        activation = ACTIVATIONS[self.activation] if isinstance(self.activation, str) else self.activation
+        self._connections = {
+            tensor.name: Connections(tensor.name, tensor.shape, statistic, not counts, activation)
+            for tensor in self.tensors
+        }
+        self._steps = 0
+
+    def install(self) -> None:
+        """See `Method.install`."""
+        super().install()
+        see_hooks()
+        for tensor in self.tensors:
+            for owner, _ in tensor.target.places:
+                owner.register_forward_hook(self._connections[tensor.name], with_kwargs=True)
+        self._open()
+
+    def after_step(self, step: int) -> Proposal | None:
+        """See `Method.after_step`: takes what this step has measured into the strengths, over all ranks."""
+        if self._steps % self.count_every == 0:
+            self._collect()
+        self._steps = step
+        self._open()
+        return None
+
+    def detach(self) -> None:
+        """See `Method.detach`."""
+        self._take_off()
+
+    def finalize(self) -> None:
+        """See `Method.finalize`."""
+        self._take_off()
+
+    def _take_off(self) -> None:
+        for tensor in self.tensors:
+            for owner, _ in tensor.target.places:
+                for key, hook in list(owner._forward_hooks.items()):
+                    if hook is self._connections[tensor.name]:
+                        del owner._forward_hooks[key]
+                        del owner._forward_hooks_with_kwargs[key]
+
+    def _open(self) -> None:
+        measured = self._steps % self.count_every == 0
+        for tensor in self.tensors:
+            self._connections[tensor.name].open(measured, local(tensor.parameter).device)
+
+    def _collect(self) -> None:
+        """Take what was measured into the strengths; one collective where processes work together."""
+        found = list(self._connections.values())
+        parts = [part for each in found for part in each.close()]
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            together = torch.cat([part.reshape(-1) for part in parts])
+            dist.all_reduce(together)
+            for part, summed in zip(parts, torch.split(together, [part.numel() for part in parts]), strict=True):
+                part.copy_(summed.view_as(part))
+        for each in found:
+            each.collect(self.decay)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if hasattr(self, "_connections"):
+            self._open()
+
+    # -- what it tells -----------------------------------------------------------------------------------------------
+
+    def strengths(self) -> dict[str, Tensor]:
+        """The strengths of all connections by the weight's name, float32 in its global shape.
+
+        Between an update and the next step that is measured they are those by which the update ranked. Zeros where
+        nothing was measured yet.
+        """
+        return {name: each.strength(self.decay) for name, each in self._connections.items()}
+
+    def learned(self) -> list[dict[str, Any]]:
+        """See `Method.learned`: of every weight the mean strength of active and of pruned connections."""
+        rows = []
+        for tensor in self.tensors:
+            whole = self._connections[tensor.name].strength(self.decay).to(tensor.mask.device)
+            strength = rows_like(whole, tensor.parameter)
+            sums = torch.stack([(strength * kept).sum() for kept in (tensor.mask != 0, tensor.mask == 0)])
+            if tensor.process_group is not None:
+                dist.all_reduce(sums, group=tensor.process_group)
+            counts = (tensor.active, tensor.weights - tensor.active)
+            active, pruned = (each / max(1, count) for each, count in zip(sums.tolist(), counts, strict=True))
+            rows.append({"name": tensor.name, "strength_active": active, "strength_pruned": pruned})
+        return rows
+
+    def settings(self) -> dict[str, Any]:
+        """See `Method.settings`."""
+        return super().settings() | {"prune_dims": None if self.prune_dims is None else list(self.prune_dims)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Method.state_dict`."""
+        measured = {name: each.state_dict() for name, each in self._connections.items()}
+        return super().state_dict() | {"measured": measured, "steps": self._steps}
+
+    def check_state(self, state: Mapping[str, Any], masks: Mapping[str, Tensor]) -> None:
+        """See `Method.check_state`."""
+        super().check_state(state, masks)
+        measured, steps = state.get("measured"), state.get("steps")
+        if type(steps) is not int or steps < 0:
+            raise StateError(f"{self.name}: the saved number of steps is {steps!r:.40}; the file is damaged")
+        for name, each in self._connections.items():
+            if not isinstance(measured, Mapping) or not each.fits(measured.get(name)):
+                raise StateError(
+                    f"{name}: what was saved of its strengths is not a finite number for each of its "
+                    f"{tuple(each.shape)} connections; the file is damaged, use an earlier one"
+                )
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `Method.load_state_dict`."""
+        super().load_state_dict(state)
+        for name, each in self._connections.items():
+            each.load_state_dict(state["measured"][name])
+        self._steps = state["steps"]
+        self._open()
+
+    # -- slices ------------------------------------------------------------------------------------------------------
+
+    def _start(self, given: list[tuple[Tensor, int]] | None) -> list[tuple[Tensor, int]]:
+        self._by_name = {tensor.name: tensor for tensor in self.tensors}
+        for tensor in self.tensors:
+            self._check_tensor(tensor)
+        return super()._start(given)
+
+    def _check_tensor(self, tensor: MaskedTensor) -> None:
+        for owner, attribute in tensor.target.places:
+            if not isinstance(owner, LAYERS) or attribute != "weight":
+                raise ConfigurationError(
+                    f"{tensor.name}: belongs to a {type(owner).__name__}, whose connections cannot be measured; "
+                    f"those of linear layers and convolutions can: leave it out with targets=['!{tensor.name}']"
+                )
+        if self.scope == "slice":
+            dims = self._dims(tensor)
+            if max(dims, default=0) >= len(tensor.shape) or self._slice_size(tensor) == 1:
+                raise ConfigurationError(
+                    f"{tensor.name}: slices of shape {tensor.shape} along dimensions {list(dims)} have a single "
+                    "weight, or do not exist; give other prune_dims, use scope='tensor', or leave it out with "
+                    f"targets=['!{tensor.name}']"
+                )
+
+    def _dims(self, tensor: MaskedTensor) -> Sequence[int]:
+        if self.prune_dims is None:
+            return (0,) if len(tensor.shape) == 2 else (0, 1)
+        return self.prune_dims
+
+    def _slice_size(self, tensor: MaskedTensor) -> int:
+        return prod(side for dim, side in enumerate(tensor.shape) if dim not in self._dims(tensor))
+
+    def _split(self) -> list[int]:
+        """Active groups of each tensor; as many in each slice, where slices are ranked."""
+        if self.scope != "slice":
+            return super()._split()
+        if self.sparsity is None:
+            raise ConfigurationError("no sparsity; scope='slice' needs one, in [0, 1), or masks given to `attach`")
+        counts = []
+        for groups in self.groups:
+            size = self._slice_size(groups.tensors[0])
+            count = active_weights(self.sparsity, size)
+            if not count:
+                raise ConfigurationError(
+                    f"{groups.name}: slices of {size} weights cannot be sparser than {1 - 1 / size:.4g}, and "
+                    f"sparsity={self.sparsity} was asked for; use scope='tensor', or leave it out with "
+                    f"targets=['!{groups.name}']"
+                )
+            counts.append(groups.total // size * count)
+        return counts
+
+    def _random_masks(self, counts: list[int]) -> list[tuple[Tensor, int]]:
+        if self.scope != "slice":
+            return super()._random_masks(counts)
+        found = []
+        for groups, count in zip(self.groups, counts, strict=True):
+            scores = self._slices(groups, random_scores(groups, groups.total, self.generator))
+            each = torch.tensor([count // len(scores)], device=scores.device)
+            chosen = largest_in_cells(scores.reshape(-1), each, scores.shape[1])
+            found.append((self._whole(groups, chosen).to(torch.int8).neg_(), count))
+        return found
+
+    def _slices(self, groups: Groups, values: Tensor) -> Tensor:
+        """Values of all weights on this rank → `(slices, weights in one)`."""
+        tensor = groups.tensors[0]
+        dims = self._dims(tensor)
+        if tensor.process_group is not None and 0 not in dims:
+            raise ConfigurationError(
+                f"{tensor.name}: is sharded along dimension 0, which slices must not be cut by; have 0 among prune_dims"
+            )
+        moved = values.view(tensor.mask.shape).movedim(tuple(dims), tuple(range(len(dims))))
+        return moved.reshape(-1, self._slice_size(tensor))
+
+    def _whole(self, groups: Groups, values: Tensor) -> Tensor:
+        """Undo `_slices`; flat."""
+        tensor = groups.tensors[0]
+        dims = self._dims(tensor)
+        places = tuple(range(len(dims)))
+        shape = torch.empty(tensor.mask.shape, device="meta").movedim(tuple(dims), places).shape
+        return values.view(shape).movedim(places, tuple(dims)).reshape(-1)
+
+    # -- updates -----------------------------------------------------------------------------------------------------
+
+    def update(self, step: int, state: StateOf) -> Proposal:
+        """See `Method.update`.
+
+        Raises:
+            OrderError: A layer was not measured since the last update.
+            ConfigurationError: No connection of a layer was active at both ends.
+        """
+        fraction = self.fraction(step)
+        alive, moving = self._alive(), self._moving()
+        kept = [mask.clone() for mask in alive]
+        if any(moving):
+            groups, masks = list(compress(self.groups, moving)), list(compress(alive, moving))
+            names = list(dict.fromkeys(tensor.name for each in groups for tensor in each.tensors))
+            self._require_measured(names)
+            stay = self._drop(groups, masks, fraction, state)
+            for mask, each in zip(compress(kept, moving), stay, strict=True):
+                mask.copy_(each)
+            self._grow(groups, masks, stay, state)
+            for name in names:
+                self._connections[name].begin_anew(self.decay)
+        return Proposal(self._anew(kept, alive), {"drop_fraction": fraction})
+
+    def _require_measured(self, names: Sequence[str]) -> None:
+        own = self._own_scores()
+        if self.drop_score not in own and self.grow_score not in own:
+            return
+        found = [self._connections[name] for name in names]
+        told = torch.stack([torch.stack([each.lacks(), each.total.any()]) for each in found]).tolist()
+        for each, (lacks, reached) in zip(found, told, strict=True):
+            if lacks:
+                raise OrderError(
+                    f"{each.name}: no forward pass in training was measured since the last update, so that its "
+                    "connections have no strengths; train some steps with this layer in use, or leave it out with "
+                    f"targets=['!{each.name}']"
+                )
+            if self.statistic == "coactivation" and not reached:
+                limit = f"{self.threshold:g}" if self.deviations is None else f"mean + {self.deviations:g} deviations"
+                raise ConfigurationError(
+                    f"{each.name}: at {float(each.samples):.0f} occasions no connection had its input and its output "
+                    f"above {limit}, so that none can be ranked; lower that, or see whether the layer is dead"
+                )
+
+    def _drop(self, groups: list[Groups], alive: list[Tensor], fraction: float, state: StateOf) -> list[Tensor]:
+        """New masks of what stays of these."""
+        stay = self._highest(self._drop_by(), groups, alive, fraction, state)
+        if self.drop_score != "strength_or_magnitude":
+            return stay
+        parts = [alive]
+        if isinstance(as_structure(self.structure), Element):
+            below = [each.scores(_weight, state) < 0 for each in groups]
+            parts = [[mask * part for mask, part in zip(alive, below, strict=True)]]
+            parts.append([mask * ~part for mask, part in zip(alive, below, strict=True)])
+        large = [self._highest(magnitude, groups, part, fraction, state) for part in parts]
+        return [reduce(or_, masks) for masks in zip(stay, *large, strict=True)]
+
+    def _highest(
+        self, score: Score, groups: list[Groups], alive: list[Tensor], fraction: float, state: StateOf
+    ) -> list[Tensor]:
+        """New masks of what is left of these where such a fraction of them goes, the lowest in a score."""
+        kept = [mask.clone() for mask in alive]
+        if self.scope == "slice":
+            for each, mask in zip(groups, kept, strict=True):
+                live, scores = (self._slices(each, part) for part in (mask != 0, each.scores(score, state)))
+                refuse_nan([each], [scores.reshape(-1)])
+                counts = live.sum(1)
+                counts -= (counts.double() * fraction).long()
+                chosen = largest_in_cells(scores.masked_fill(~live, -torch.inf), counts, scores.shape[1])
+                mask.copy_(self._whole(each, chosen)).neg_()
+            return kept
+        active = count_over_shards(groups, [mask.count_nonzero() for mask in alive])
+        # What grows at random is none of what was just dropped, for which there must be room.
+        free = self._grow_by() is not None
+        rooms = [now if free else each.total - now for each, now in zip(groups, active, strict=True)]
+        if self.scope == "model":
+            prune_to(groups, kept, [sum(active) - min(int(fraction * sum(active)), sum(rooms))], score, state, self.p)
+        else:
+            index, ranked = scores_of_active(groups, kept, score, state, self.p)
+            drops = [min(int(fraction * now), room) for now, room in zip(active, rooms, strict=True)]
+            drop(groups, kept, index, ranked, drops)
+        return kept
+
+    def _grow(self, groups: list[Groups], alive: list[Tensor], kept: list[Tensor], state: StateOf) -> None:
+        """Make of these masks those with as many active, of which some were kept; in place."""
+        score = self._grow_by()
+        was = count_over_shards(groups, [mask.count_nonzero() for mask in alive])
+        now = count_over_shards(groups, [mask.count_nonzero() for mask in kept])
+        free = [mask == 0 for mask in (alive if score is None else kept)]
+        counts = [mask.clone() for mask in alive]
+        for mask, stays in zip(alive, kept, strict=True):
+            mask.copy_(stays)
+        values = None if score is None else [each.scores(score, state, self.p) for each in groups]
+        if self.scope == "slice":
+            for i, (each, mask) in enumerate(zip(groups, alive, strict=True)):
+                scores = random_scores(each, len(mask), self.generator) if values is None else values[i]
+                stays, may, scores = (self._slices(each, part) for part in (mask != 0, free[i], scores))
+                refuse_nan([each], [scores.reshape(-1)])
+                missing = self._slices(each, counts[i] != 0).sum(1) - stays.sum(1)
+                scores = scores.masked_fill(~may, torch.finfo(scores.dtype).min).masked_fill_(stays, -torch.inf)
+                mask.sub_(self._whole(each, largest_in_cells(scores, missing, scores.shape[1])).to(torch.int8))
+            return
+        rooms = [
+            each.total - (before if score is None else after)
+            for each, before, after in zip(groups, was, now, strict=True)
+        ]
+        wanted: list[int] | int = [before - after for before, after in zip(was, now, strict=True)]
+        if self.scope == "model":
+            lost = sum(was) - sum(now)
+            wanted = apportion_groups(lost, now, rooms, [1] * len(groups)) if values is None else lost
+        grow(groups, alive, free, rooms, wanted, self.generator if values is None else values)
+
+    def _anew(self, kept: Sequence[Tensor], alive: Sequence[Tensor]) -> list[Change]:
+        """The changes to these masks of groups, where all that was not kept begins anew."""
+        stays = {change.tensor.name: change.mask for change in changes(self.groups, kept)}
+        found = self._changes(alive)
+        for change in found:
+            tensor = change.tensor
+            change.renewed = change.mask & ~stays[tensor.name]
+            if self.reinitialize and tensor.computed is None:
+                layout = layout_of(tensor.target)
+                bound = math.sqrt(6 / (layout.inputs * layout.kernel))
+                first = torch.rand(tensor.shape, generator=self.generator).mul_(2 * bound).sub_(bound)
+                change.values = rows_like(first, tensor.parameter).to(tensor.mask.device, tensor.parameter.dtype)
+        return found
+
+
+def _weight(view: View) -> Tensor:
+    return view.weight
