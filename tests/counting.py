@@ -31,9 +31,7 @@ def stacked(conv: nn.Conv2d, input: Tensor, output: Tensor) -> Tensor:
     for number, (c, j, h) in enumerate(places):
         weight[number, :, c, j, h] = 1
     copies = input.repeat(1, len(places), 1, 1)
-    seen = torch.nn.functional.conv2d(
-        copies, weight.flatten(0, 1), None, conv.stride, conv.padding, groups=len(places)
-    )
+    seen = torch.nn.functional.conv2d(copies, weight.flatten(0, 1), None, conv.stride, conv.padding, groups=len(places))
     active = (torch.sigmoid(output) > 0.5).repeat(1, len(places), 1, 1)
     counts = (active & (torch.sigmoid(seen) > 0.5)).sum((0, 2, 3)).float()
     return counts.view(len(places), -1).t().reshape(conv.weight.shape)
