@@ -27,7 +27,7 @@ def histograms(sites: Sequence[Mapping[str, Any]]) -> Figure:
     """
     shown = [row for row in sites if row["elements"]]
     rows = -(-len(shown) // _COLUMNS)
-    figure = _figure(4 * min(_COLUMNS, len(shown)), 2.8 * rows)
+    figure = new_figure(4 * min(_COLUMNS, len(shown)), 2.8 * rows)
     for place, row in enumerate(shown, 1):
         _draw_histogram(figure.add_subplot(rows, min(_COLUMNS, len(shown)), place), row)
     return figure
@@ -110,10 +110,15 @@ def _short(name: str) -> str:
 def _rows_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """A figure with a bar for each row, as high as they need, and with room for the names beside them."""
     longest = max(len(_short(row["name"])) for row in rows)
-    return _figure(6 + 0.07 * longest, 1.2 + 0.28 * len(rows))
+    return new_figure(6 + 0.07 * longest, 1.2 + 0.28 * len(rows))
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches.
+
+    Raises:
+        ConfigurationError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
