@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 import types
@@ -88,6 +89,31 @@ def test_the_lossy_sparsifier_trains_measures_and_logs_its_runs(tmp_path, monkey
     assert "strength 2" in outputs["table"][0].text
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_the_hebbian_network_counts_trains_and_shows_its_filters(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    parameters = {"DATA": "digits", "IMAGES": 640, "EPOCHS": 2, "EVERY": 10, "SECONDS": 0.01}
+    notebook = executed(read("hebbian_sparse_cnn"), parameters, tmp_path)
+    outputs = {each.id: each.get("outputs", []) for each in notebook.cells}
+    assert {each.name for found in outputs.values() for each in found if each.output_type == "stream"} == {"stdout"}
+    assert "224 connections" in outputs["equal"][0].text  # where all ways to count are compared
+    cost = "".join(each.text for each in outputs["timing"])
+    times = {name: float(time) for name, time in re.findall(r"^(\w+) +([\d.]+) ms; every", cost, re.MULTILINE)}
+    assert set(times) == {"coactivation", "stacked", "by_units"}
+    assert 10 * times["coactivation"] < min(times["stacked"], times["by_units"])
+    rows = {line[:14].strip(): line[14:].split() for line in outputs["table"][0].text.splitlines()[1:]}
+    assert set(rows) == {"dense", "random masks", "SET", "Hebbian"}
+    assert [row[0] for row in rows.values()] == ["0.0%", "88.0%", "88.0%", "88.0%"]
+    for row in rows.values():
+        _, overall, *by_class = (float(each.rstrip("%")) for each in row)
+        assert 50 < overall < 100
+        assert len(by_class) == 10
+        assert sum(by_class) / 10 == pytest.approx(overall, abs=1)  # classes of about one size
+    for name in ("accuracy-figure", "filters-figure"):
+        assert [list(each.data) for each in outputs[name]] == [["text/plain", "image/png"]]
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="torchvision is not installed")
 def test_the_data_of_the_lossy_sparsifier_may_be_a_folder_of_images(tmp_path):
     place = pictures.write(tmp_path / "pictures") / "train"  # classes alone
@@ -103,8 +129,9 @@ def test_the_data_of_the_lossy_sparsifier_may_be_a_folder_of_images(tmp_path):
     assert 0 <= names["accuracy"](net, dataset.test) <= 1
 
 
-def test_what_is_missing_is_installed_and_nothing_else_is(monkeypatch):
-    source = cell(read("lossy_sparsifier"), "install")
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_is_missing_is_installed_and_nothing_else_is(path, monkeypatch):
+    source = cell(read(path.stem), "install")
     asked: list[list[str]] = []
     monkeypatch.setattr(subprocess, "run", lambda command, check: asked.append(command))
     exec(source, {"SOURCE": "gossamer[plots]"})
