@@ -28,25 +28,17 @@ def pictures(figure) -> list[np.ndarray]:
     return [np.ma.filled(axes.images[0].get_array(), np.nan) for axes in figure.axes[:-1]]
 
 
-def squares(picture: np.ndarray) -> list[tuple[float, int]]:
-    """Value and dots of each square of one value, in the order of their upper left dots; all values differ."""
-    found: dict[float, int] = {}
-    for value in picture[~np.isnan(picture)].tolist():
-        found[value] = found.get(value, 0) + 1
-    return list(found.items())
-
-
 @pytest.mark.parametrize("shape", [(2, 3, 5, 5), (3, 7, 3, 2), (2, 9), (4, 2, 3), (2, 2, 2, 3, 2), (1, 1, 1, 1)])
-def test_every_connection_has_its_strength_and_is_small_where_it_is_pruned(shape):
+def test_every_connection_is_a_square_of_its_strength_and_small_where_it_is_pruned(shape):
     (snapshot,) = snapshots(*shape)
     _, strengths, masks = snapshot
     (picture,) = pictures(filters_figure([snapshot], "conv.weight"))
-    sizes = dict(squares(picture))
-    strength, mask = strengths["conv.weight"], masks["conv.weight"]
-    expected = {
-        value: 49 if alive else 4 for value, alive in zip(strength.flatten().tolist(), mask.flatten(), strict=True)
-    }
-    assert {value: 49 if size > 20 else 4 for value, size in sizes.items()} == expected
+    strength, mask = (each["conv.weight"].flatten().tolist() for each in (strengths, masks))
+    assert {*np.unique(picture[~np.isnan(picture)]).tolist()} == {*strength}
+    for value, alive in zip(strength, mask, strict=True):
+        sides = [int(places.max() - places.min()) + 1 for places in np.nonzero(picture == value)]
+        assert sides == ([7, 7] if alive else [3, 3])
+        assert (picture == value).sum() == sides[0] * sides[1]
 
 
 def test_kernels_are_upright_in_the_order_of_inputs_and_filters():

@@ -133,20 +133,18 @@ def test_what_is_active_follows_the_threshold_on_the_sigmoid():
 
 
 def test_every_twentieth_pass_in_training_is_counted_and_takes_the_place_of_the_last():
-    layer, count = conv(), None
-    for number in range(45):
-        layer.train(number % 2 == 0 or number < 3)  # which the notebook's helper layers did not survive
-        if layer.training and (before := layer.learning_iterations) % 20 == 0:
-            count = before
-        x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(number))
+    layer, passes, counted = conv(), 0, []
+    for number in range(90):
+        layer.train(number % 2 == 0)  # which the notebook's helper layers did not survive
         held = layer.connections_tensor.clone()
+        x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(number))
         y = layer(x)
-        if layer.training and count == before:
+        if not layer.connections_tensor.equal(held):
+            counted.append(passes)
             assert layer.connections_tensor.equal(METHODS[0](layer, x, y))
-            count = None
-        else:
-            assert layer.connections_tensor.equal(held)
-    assert layer.learning_iterations == 24
+        passes += layer.training
+    assert counted == [0, 20, 40]
+    assert layer.learning_iterations == passes == 45
 
 
 def test_evaluation_is_not_counted():
