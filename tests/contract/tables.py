@@ -54,6 +54,13 @@ METHODS = [
     MethodRow("rigl", gs.RigL, {"every": 2, "drop_fraction": 0.5, "skip_step": True}, reads_gradients=True),
     MethodRow("rigl-step", gs.RigL, {"every": 2, "drop_fraction": 0.5, "skip_step": False}, reads_gradients=True),
     MethodRow("dsr", gs.DSR, {"every": 2, "threshold": 0.1, "prune_fraction": 0.05}),
+    MethodRow("hebbian", gs.Hebbian, {"every": 2, "drop_fraction": 0.5, "count_every": 1}),
+    MethodRow(
+        "hebbian-anew",
+        gs.Hebbian,
+        {"every": 2, "drop_fraction": 0.5, "count_every": 2, "grow_score": "strength", "decay": 0.5},
+        structures=("element",),
+    ),
     MethodRow("gmp", gs.GMP, {"every": 2, "end": 8}, grows=False, keeps_count=False, updates=(2, 4, 6, 8)),
     MethodRow(
         "imp",
