@@ -11,7 +11,8 @@ theirs has 33,235 steps, and so scores go as far. Rivals:
 - `random`: the same search and the same rewound weights, with the masks of every layer shuffled before the ticket
   is trained, on the same order of data. The paired difference is the value of the masks.
 - `IMP`: iterative magnitude pruning to the ticket's sparsity, two rounds, the same length and rewind point.
-- `dense`: trained for one round.
+- `dense`: trained for one round. Tickets, random ones and IMP's were trained to the rewind point before theirs, so two
+  epochs longer.
 - `steered` (LeNet): a sparsity is asked for, that of the ticket found with the first score 0, and the penalty steered
   towards it; `density before ranking` is what steering alone came to.
 

@@ -432,6 +432,70 @@ def test_a_penalty_is_steered_to_the_sparsity_that_was_asked_for() -> None:
         assert (model(x).argmax(1) == y).float().mean() > 0.9
 
 
+@pytest.mark.parametrize(
+    ("initial", "sparsity", "rounds"), [(0.1, 0.9, 1), (-0.1, 0.5, 1), (0.1, 0.9, 2), (-0.1, 0.9, 2)]
+)
+def test_steering_does_not_run_away_wherever_scores_begin(initial: float, sparsity: float, rounds: int) -> None:
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    x = torch.tensor(digits.images, dtype=torch.float32).flatten(1) / 16
+    y = torch.tensor(digits.target)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 10))
+    optimizer = optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    method = gs.ContinuousSparsification(initial, rounds=rounds, length=600, sparsity=sparsity, lr=1.0)
+    handle = gs.attach(model, method, optimizer)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(rounds * 600):
+        index = torch.randint(len(x), (64,), generator=generator)
+        (nn.functional.cross_entropy(model(x[index]), y[index]) + handle.penalty()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with warnings.catch_warnings(action="ignore"):  # pixels that are always 0 are all alike, and many
+        handle.finalize()
+    assert sum(int((layer.weight != 0).sum()) for layer in (model[0], model[2])) == round(7400 * (1 - sparsity))
+    assert (model(x).argmax(1) == y).float().mean() > 0.93
+
+
+def test_a_round_that_leaves_too_few_keeps_the_highest_scores_for_the_ticket() -> None:
+    method = gs.ContinuousSparsification(0.0, rounds=2, length=3, sparsity=0.8)
+    run = Run(method, scatter=0.0).train(3)
+    generator = torch.Generator().manual_seed(0)
+    for scores in run.scores():
+        scores.data.copy_(-torch.rand(scores.shape, generator=generator))
+    values = torch.cat([scores.detach().flatten() for scores in run.scores()])
+    with pytest.warns(
+        UserWarning, match=r"ended round 1 with 0\.00% .* 20\.00% are asked for in the end; 20\.00% stay"
+    ):
+        run.sparsity.update()
+    highest = torch.zeros(120, dtype=torch.bool)
+    highest[values.argsort(descending=True)[:24]] = True
+    now = torch.cat([scores.detach().flatten() for scores in run.scores()])
+    assert ((now > -KEPT / 2) == highest).all()
+    assert not (now > 0).any()
+    with warnings.catch_warnings(action="ignore"):
+        run.sparsity.update("ticket")
+    assert run.sparsity.density() == 24 / 120
+
+
+def test_an_end_in_single_precision_is_no_warning() -> None:
+    run = Run(gs.ContinuousSparsification(0.0, 0.0, 100.1, 1, length=4)).train(4)
+    run.sparsity.finalize()
+
+
+def test_scores_that_are_no_numbers_are_an_error_that_names_their_layer() -> None:
+    run = Run(gs.ContinuousSparsification(0.0, 0.0, 200.0, 2, length=4)).train(2)
+    run.scores()[1].data[0, 0] = torch.nan
+    with pytest.raises(gs.NonFiniteError, match=r"^3\.weight: its scores contain NaN"):
+        run.sparsity.update()
+
+
+def test_an_optimizer_whose_steps_follow_the_size_of_a_parameter_is_refused() -> None:
+    model = net()
+    with pytest.raises(gs.ConfigurationError, match=r"optimizer: Adafactor takes its steps in proportion"):
+        gs.attach(model, gs.ContinuousSparsification(length=4), optim.Adafactor(model.parameters()))
+    assert "0.weight" in dict(model.named_parameters())
+
+
 def test_a_ranked_ticket_goes_on_past_groups_that_do_not_fit() -> None:
     model = nn.Sequential(nn.Linear(8, 128), nn.ReLU(), nn.Linear(128, 4))
     method = gs.ContinuousSparsification(rounds=1, length=1, sparsity=0.9, structure="row")
@@ -439,7 +503,7 @@ def test_a_ranked_ticket_goes_on_past_groups_that_do_not_fit() -> None:
     first, second = sparsity.param_groups()[0]["params"]
     first.data.copy_(torch.linspace(0.1, 1, 128))
     second.data.copy_(torch.tensor([2.0, 3.0, 4.0, 5.0]))
-    told = r"steering ended with 100\.00% of the weights above 0, where 10\.00% were asked for; the ticket has 10\.00%"
+    told = r"steering ended round 1 with 100\.00% .*, where 10\.00% are asked for in the end; 9\.90% stay"
     with pytest.warns(UserWarning, match=told):
         sparsity.update("ticket")
     masks = sparsity.masks()

@@ -145,6 +145,8 @@ class Sparsity:
         if not optimizers.have_own_groups(learned, found):
             optimizers.move_to_own_groups(groups, found)
         self._hooks.follow(found)
+        for method in self.methods:
+            method.followed()
 
     def _adopt(self, optimizer: optim.Optimizer) -> None:
         try:

@@ -157,7 +157,8 @@ def check_room(model: nn.Module, found: Sequence[optim.Optimizer], learned: Coll
         return
     if all(isinstance(each, optim.Muon) for each in found):
         raise ConfigurationError(
-            "optimizer: Muon takes matrices only, and thresholds are none; give a list of it and another optimizer"
+            "optimizer: Muon is for matrices, and what is learned beside the weights is none of its; give a list of it "
+            "and another optimizer"
         )
     if any("initial_lr" in group for each in found for group in each.param_groups):
         raise OrderError(f"a scheduler was made before learned parameters got groups of their own; {ORDER}")
@@ -172,6 +173,8 @@ def check_follow(methods: Sequence[Method], optimizer: object) -> list[optim.Opt
         for parameter in optimizers.parameters(each):
             holders[id(parameter)] = holders.get(id(parameter), 0) + 1
     for method in methods:
+        for each in found:
+            method.check_optimizer(each)
         for held in method.holdings():
             count = holders.get(id(held.parameter), 0)
             if count != 1:

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 
 from gossamer.masks import Change, MaskedTensor
 from gossamer.scores import StateOf
@@ -104,6 +104,12 @@ class Method(ABC):
 
     def install(self) -> None:
         """Change the model: first masks, hooks, parametrizations. Called once, after every method was bound."""
+
+    def check_optimizer(self, optimizer: optim.Optimizer) -> None:
+        """Raise ConfigurationError where this one cannot train what the method adds to the model."""
+
+    def followed(self) -> None:
+        """Called when optimizers are followed: the model is as it will be trained, wrapped and on its device."""
 
     def param_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups of the parameters, of at least one dimension, that this method added to the model.

@@ -51,6 +51,7 @@ class Rounds:
         self.rewind = rewind
         self.done = self.step = self.began = 0
         self.kept: dict[str, Tensor] | None = None
+        self._from_the_start = True  # else a state was loaded, and what it kept is right whatever the model is yet
 
     def check_run(self, steps: int, more: int = 0) -> None:
         """Raise a ConfigurationError where a run of so many steps is over before the last round, and `more` steps."""
@@ -80,6 +81,11 @@ class Rounds:
         self.step = step
         if step == self.rewind and self.done == 0:
             self.keep(model)
+
+    def followed(self, model: nn.Module) -> None:
+        """Note that the model is now what it is trained from: loaded, wrapped, alike on all ranks."""
+        if self._from_the_start:
+            self.reach(self.step, model)
 
     def keep(self, model: nn.Module) -> None:
         """Make what the model is now the rewind point."""
@@ -135,6 +141,12 @@ class Rounds:
                 f"{name}: the saved rounds are {rounds!r:.60}, expected how many are over, at most {self.rounds}, and "
                 "the steps when the last began and now; attach with the rounds it was saved with"
             )
+        reached = self.rewind is not None and (listed[0] > 0 or listed[2] >= self.rewind)
+        if "kept" not in state or (kept is None and reached):
+            raise StateError(
+                f"{name}: the rewind point after step {self.rewind} is not in the saved state, which is of step "
+                f"{listed[2]}; the file is damaged, or was saved with another rewind"
+            )
         if kept is None:
             return
         if not isinstance(kept, Mapping) or not all(isinstance(each, str) for each in kept):
@@ -145,20 +157,26 @@ class Rounds:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave."""
+        self._from_the_start = False
         self.done, self.began, self.step = state["rounds"]
         self.kept = None if state["kept"] is None else dict(state["kept"])
 
 
 def everything(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers of a model, by plain name.
+    """Parameters and buffers of a model that a state of it has, by plain name.
 
     Without those of learned gates, and the sharpness of thresholds, which follows the steps of the run.
     """
     modules = dict(model.named_modules())
     gates = tuple(f"{name}." for name, module in modules.items() if isinstance(module, Gates))
     sharpness = {f"{name}.a".lstrip(".") for name, module in modules.items() if isinstance(module, LossySparsifier)}
+    transient = {
+        f"{name}.{buffer}".lstrip(".")
+        for name, module in modules.items()
+        for buffer in module._non_persistent_buffers_set
+    }
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if not name.startswith(gates) and name not in sharpness:
+        if not name.startswith(gates) and name not in sharpness and name not in transient:
             yield plain_name(name), tensor
 
 

@@ -305,7 +305,7 @@ def test_two_methods_on_one_site_are_refused(second: str) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda net: torch.optim.Muon([net.hidden.weight], lr=0.1), "Muon takes matrices only"),
+        (lambda net: torch.optim.Muon([net.hidden.weight], lr=0.1), "Muon is for matrices"),
         (lambda net: scheduled(net), "a scheduler was made before learned parameters"),
     ],
 )

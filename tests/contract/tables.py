@@ -26,7 +26,8 @@ class MethodRow:
     """A method under test: `make(structure=..., **overrides)` builds it for `TinyNet`.
 
     `updates` are the steps of its updates among the first 12. One that does not keep its count starts dense, and the
-    last of its updates leaves the number of weights that was asked.
+    last of its updates leaves the number of weights that was asked. One that `measures` ranks by what it sees of
+    forward passes, of linear layers and convolutions only, also in steps that are skipped then.
     """
 
     id: str
@@ -35,13 +36,14 @@ class MethodRow:
     grows: bool = True
     reads_gradients: bool = False
     keeps_count: bool = True
+    measures: bool = False
     updates: tuple[int, ...] = (2, 4, 6, 8, 10, 12)
     structures: tuple[str, ...] = STRUCTURES
 
     @property
     def settles(self) -> int:
-        """The step from which the number of active weights is as asked."""
-        return 0 if self.keeps_count else self.updates[-1]
+        """The step from which masks can be updated by hand, and the number of active weights is as asked."""
+        return self.updates[-1] if not self.keeps_count else int(self.measures)
 
     def make(self, structure: str | Structure = "element", **overrides: Any) -> Any:
         budget = {"sparsity": None if re.fullmatch(r"\d+:\d+", str(structure)) else SPARSITY}
@@ -54,6 +56,19 @@ METHODS = [
     MethodRow("rigl", gs.RigL, {"every": 2, "drop_fraction": 0.5, "skip_step": True}, reads_gradients=True),
     MethodRow("rigl-step", gs.RigL, {"every": 2, "drop_fraction": 0.5, "skip_step": False}, reads_gradients=True),
     MethodRow("dsr", gs.DSR, {"every": 2, "threshold": 0.1, "prune_fraction": 0.05}),
+    MethodRow(
+        "hebbian",
+        gs.Hebbian,
+        {
+            "every": 2,
+            "drop_fraction": 0.5,
+            "threshold": -0.5,
+            "count_every": 1,
+            "decay": 0.5,
+            "reinitialize": False,
+        },
+        measures=True,
+    ),
     MethodRow("gmp", gs.GMP, {"every": 2, "end": 8}, grows=False, keeps_count=False, updates=(2, 4, 6, 8)),
     MethodRow(
         "imp",

@@ -21,6 +21,7 @@ from .tables import (
     backward,
     bits,
     everything,
+    snapshot,
     start,
 )
 
@@ -323,6 +324,61 @@ def test_a_rewind_point_that_does_not_fit_the_model_is_refused_when_it_is_loaded
     with pytest.raises(gs.StateError, match=rf"^{part}: is torch.float32 \(.*\), and at the rewind point {message}"):
         run.sparsity.load_state_dict(state)
     assert everything(run) == before
+
+
+@pytest.mark.parametrize("name", ROUNDS)
+def test_a_state_without_a_rewind_point_that_was_reached_is_refused(name: str) -> None:
+    run = start(ROUNDS[name](), model=Normed()).train(2)
+    state = run.sparsity.state_dict()
+    for damage in (lambda saved: saved.pop("kept"), lambda saved: saved.update(kept=None)):
+        broken = copy.deepcopy(state)
+        damage(broken["methods"][0]["state"])
+        before = everything(run)
+        with pytest.raises(gs.StateError, match=r"the rewind point after step 1 is not in the saved state, .* step 2"):
+            run.sparsity.load_state_dict(broken)
+        assert everything(run) == before
+
+
+class Cached(Normed):
+    """With a cache that grows with what it is called with, as that of rotary embeddings does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("cache", torch.zeros(1), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.cache = torch.zeros(len(self.cache) + 1)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("name", ROUNDS)
+def test_what_no_state_of_the_model_has_is_not_rewound(name: str) -> None:
+    run = start(ROUNDS[name](), model=Cached()).train(7)
+    assert len(run.model.cache) == 8
+
+
+@pytest.mark.parametrize("name", ROUNDS)
+def test_weights_that_were_loaded_before_the_optimizer_was_followed_are_the_start(name: str) -> None:
+    pretrained = Normed(seed=3).state_dict()
+    model = Normed()
+    sparsity = gs.attach(model, ROUNDS[name](rewind=0))
+    with torch.no_grad():
+        for key, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            plain = key.replace("parametrizations.weight.original", "weight")
+            if plain in pretrained:
+                tensor.copy_(pretrained[plain])
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    sparsity.follow(optimizer)
+    kept = sparsity.methods[0].state_dict()["kept"]
+    assert {key: bits(value).tolist() for key, value in kept.items()} == {
+        key: bits(value).tolist() for key, value in pretrained.items()
+    }
+    # What was loaded from a state of the run is right, whatever the model is by then.
+    state = sparsity.state_dict()
+    other = gs.attach(second := Normed(), ROUNDS[name](rewind=0))
+    other.load_state_dict(state)
+    other.follow(optim.SGD(second.parameters(), lr=0.1))
+    assert snapshot(other.methods[0].state_dict()["kept"]) == snapshot(kept)
 
 
 def test_a_rewind_of_a_model_that_has_changed_since_is_refused_and_changes_nothing() -> None:

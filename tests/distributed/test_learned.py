@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -73,6 +74,8 @@ def cases():
             listed[f"resume {wrapper} {name}"] = lambda _, n=name, w=wrapper: resumed(n, w)
         listed[f"accumulated {wrapper}"] = lambda _, w=wrapper: trained(run("continuous", w, micro_batches=2))
         listed[f"evaluated {wrapper}"] = lambda _, w=wrapper: trained(run("continuous", w), evaluate=True)
+    for name in ("continuous", "imp"):
+        listed[f"rewound to the start {name}"] = lambda _, n=name: rewound_to_the_start(n)
     listed["half precision"] = lambda _: trained(run("continuous", "fsdp", dtype=torch.bfloat16))
     return listed
 
@@ -163,6 +166,32 @@ def test_models_of_half_precision_are_sharded(results):
     for name, weight in first["final"].items():
         assert weight.dtype == torch.bfloat16
         assert weight.equal(second["final"][name])
+
+
+@quietly
+def rewound_to_the_start(name):
+    """DDP gives all ranks the first weights of rank 0 after the model was attached."""
+    method = METHODS[name]()
+    method.rewind = 0
+    each = Run(method, "ddp", seed=dist.get_rank())
+    first = each.weights()
+    rewound = []
+    each.sparsity.on_update(lambda update: rewound.append(each.weights()))
+    train(each, 0, 9)
+    masks = {key: whole(mask) for key, mask in each.sparsity.masks().items()}
+    return {"first": first, "rewound": rewound[-1], "masks": masks, "last": each.weights()}
+
+
+@pytest.mark.parametrize("name", ["continuous", "imp"])
+def test_a_rewind_to_the_start_is_to_what_all_ranks_began_with(results, name):
+    ranks = results[f"rewound to the start {name}"]
+    for rank in ranks:
+        for key, value in rank["rewound"].items():
+            if "scores" not in key:
+                mask = rank["masks"].get(key.replace("parametrizations.", "").replace(".original", ""))
+                first = ranks[0]["first"][key]
+                assert value.equal(first if mask is None else torch.where(mask, first, 0.0)), key
+            assert rank["last"][key].equal(ranks[0]["last"][key]), key
 
 
 @quietly

@@ -40,7 +40,7 @@ def code_scale(initial: float) -> float:
     return 1 + math.exp(-initial)
 
 
-def suppress(scores: Tensor, temperature: Tensor | float, initial: float) -> Tensor:
+def suppress(scores: Tensor, temperature: Tensor | float, initial: float, kept: Tensor | None = None) -> Tensor:
     """Scores for the next round: `min(β·s, s₀)` where `s > 0`, and of all others what never comes back.
 
     The paper (Savarese et al., 2020, section 4.2) has the minimum for all; a score just below 0 could then rise again.
@@ -49,8 +49,11 @@ def suppress(scores: Tensor, temperature: Tensor | float, initial: float) -> Ten
         scores: `s`, any shape.
         temperature: `β` at the end of the round.
         initial: `s₀`.
+        kept: bool, which stay, where these are not those above 0.
     """
-    return torch.where(scores > 0, (temperature * scores).clamp(max=initial), -lasting(scores.dtype))
+    return torch.where(
+        scores > 0 if kept is None else kept, (temperature * scores).clamp(max=initial), -lasting(scores.dtype)
+    )
 
 
 def centered_in_cells(scores: Tensor, n: int, m: int) -> Tensor:

@@ -9,16 +9,16 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 
 from gossamer.checks import check_boolean, check_integer, check_number
 from gossamer.choice import largest_in_cells
 from gossamer.distribution import active_weights
-from gossamer.errors import ConfigurationError, StateError
+from gossamer.errors import ConfigurationError, NonFiniteError, StateError
 from gossamer.groups import Groups, Spread
 from gossamer.masks import Change, MaskedTensor, rows_like
 from gossamer.method import Proposal, StateOf
-from gossamer.nn.gates import SoftMask, centered_in_cells, code_scale, lasting, soft_mask, suppress
+from gossamer.nn.gates import KEPT, SoftMask, centered_in_cells, code_scale, lasting, soft_mask, suppress
 from gossamer.rewind import Rounds
 from gossamer.structure import as_structure
 from gossamer.targets import Target, local, whole
@@ -133,6 +133,18 @@ class ContinuousSparsification(LearnedMethod):
         super().install()
         self._rounds.reach(0, self._model)
 
+    def check_optimizer(self, optimizer: optim.Optimizer) -> None:
+        """See `Method.check_optimizer`: scores that are to stay for good are too large to take a step size from."""
+        if isinstance(optimizer, optim.Adafactor):
+            raise ConfigurationError(
+                "optimizer: Adafactor takes its steps in proportion to what a parameter is, and scores of suppressed "
+                f"weights are {-KEPT:g}; use another optimizer, or HardConcrete or STR"
+            )
+
+    def followed(self) -> None:
+        """See `Method.followed`."""
+        self._rounds.followed(self._model)
+
     def _first_score(self) -> float:
         return float(self.initial_value)
 
@@ -181,17 +193,17 @@ class ContinuousSparsification(LearnedMethod):
         return {"ticket": self.ticket} | self._rounds.phases(self._model)
 
     def _next_round(self) -> Proposal:
-        """Suppress for good what has no score above 0, and begin the next round with the rest."""
+        """Suppress for good what does not live, and begin the next round with the rest."""
         self._check_rewind()
         kept = self._chosen(last=False)
-        self._warn_of_empty(kept)
+        self._warn_of(kept, last=False)
         self._rounds.end()
 
         def write() -> None:
             temperature = self._temperature()
-            for scored in self.scored:
-                scores = local(scored.scores)
-                scores.copy_(suppress(scores, temperature, self.initial_value))
+            for scored, chosen in zip(self.scored, kept, strict=True):
+                scores, stays = local(scored.scores), rows_like(chosen, scored.scores)
+                scores.copy_(suppress(scores, temperature, self.initial_value, stays))
             self._set_temperature(1.0)
 
         scores = [each.scores for each in self.scored]
@@ -202,9 +214,8 @@ class ContinuousSparsification(LearnedMethod):
         if self.tensors:
             return Proposal([])
         self._check_rewind()
-        self._warn_of_miss()
         kept = self._chosen(last=True)
-        self._warn_of_empty(kept)
+        self._warn_of(kept, last=True)
         self._rounds.done = self._rounds.rounds - 1
         self._rounds.end()
         self.tensors = [MaskedTensor(target, str(as_structure(self.structure))) for target in self._claimed]
@@ -230,7 +241,7 @@ class ContinuousSparsification(LearnedMethod):
         """
         if not self.tensors:
             temperature = float(self._temperature())
-            if temperature < self.final_temperature:
+            if temperature < self.final_temperature * (1 - 1e-6):
                 warnings.warn(
                     f"{self.name}: finalized in round {self._rounds.done + 1} of {self.rounds} at temperature "
                     f"{temperature:.4g}, below {self.final_temperature:g}: masks that are still soft become hard "
@@ -243,9 +254,8 @@ class ContinuousSparsification(LearnedMethod):
                     f"beyond the {self.rounds} rounds of {self.length} steps, and then the ticket",
                     stacklevel=4,
                 )
-            self._warn_of_miss()
             kept = self._chosen(last=True)
-            self._warn_of_empty(kept)
+            self._warn_of(kept, last=True)
             self._write_scores(kept)
             self._put_under_masks([self._mask(target, kept) for target in self._claimed])
         super().finalize()
@@ -379,8 +389,21 @@ class ContinuousSparsification(LearnedMethod):
         assert self._steering is not None
         way = min(self._rounds.into / (ARRIVED * self.length), 1.0)
         goal, final = ((1 - self.sparsity) ** ((self._rounds.done + part) / self.rounds) for part in (way, 1.0))
+        scores = [each.scores for each in self.scored]
+        gradients = [
+            each.grad / part.size for each, part in zip(scores, self.scored, strict=True) if each.grad is not None
+        ]
+        if len(gradients) < len(scores):
+            return
+        temperature, scale, strength = self._temperature(), self._scale(), self._steering.strength
+
+        def slope(scores: Tensor) -> Tensor:
+            mask = torch.sigmoid(temperature * scores)
+            return scale * temperature * mask * (1 - mask)
+
+        pull = self._sum(lambda s, gradient: (gradient - strength * slope(s)).abs(), gradients) / self._sum(slope)
         # Scores begin alike and need time to part: before that a reward would lift them all.
-        self._steering.steer(self._density(), goal, final, rewards=way >= 0.5)
+        self._steering.steer(self._density(), goal, final, rewards=way >= 0.5, pull=pull)
 
     def _centered(self, scored: Scored) -> Tensor:
         """Whole scores as the gates have them: those of N:M relative to the others of their cell."""
@@ -400,16 +423,30 @@ class ContinuousSparsification(LearnedMethod):
         return self._sum(lambda scores: (scores.detach() > 0).double()) / self._total()
 
     def _chosen(self, last: bool) -> list[Tensor]:
-        """Which groups live where masks become hard now: bool, in the shape of whole scores."""
+        """Which groups live where masks become hard now: bool, in the shape of whole scores.
+
+        Those above 0; the highest where a sparsity was asked for and this is the last time, or they are too few for it.
+        """
         scores = [whole(each.scores) for each in self.scored]
+        for part, each in zip(self.scored, scores, strict=True):
+            if each.isnan().any():
+                raise NonFiniteError(
+                    f"{part.name}: its scores contain NaN, so its weights cannot be chosen; training has diverged "
+                    "(lower lr, clip gradients), or the optimizer takes its steps in proportion to what a parameter "
+                    "is (LARS, LAMB), which scores of suppressed weights are too large for"
+                )
         if (cell := self.scored[0].cell) is not None:
             n = torch.tensor([cell[0]], device=scores[0].device)
             return [largest_in_cells(each, n, cell[1]) for each in scores]
-        if not (last and self.ranking) or self.sparsity is None:
-            return [each > 0 for each in scores]
+        above = [each > 0 for each in scores]
+        if self.sparsity is None or not self.ranking:
+            return above
+        left = active_weights(self.sparsity, self._total())
+        if not last and self._weights([int(each.sum()) for each in above]) >= left:
+            return above
         ranked = torch.cat([each.reshape(-1) for each in scores]).sort(descending=True, stable=True).indices
         sizes = torch.cat([torch.full((part.total,), part.size, device=ranked.device) for part in self.scored])
-        left, order = active_weights(self.sparsity, self._total()), ranked
+        order = ranked
         kept = torch.zeros_like(ranked, dtype=torch.bool)
         while len(order := order[sizes[order] <= left]):  # as often as there are sizes, at most
             fits = sizes[order].cumsum(0) <= left
@@ -427,19 +464,18 @@ class ContinuousSparsification(LearnedMethod):
         if self.rewind is not None and self._rounds.kept is None:
             self._rounds.back(self._model)
 
-    def _warn_of_miss(self) -> None:
-        if self.sparsity is None or abs((found := float(self._density())) - (asked := 1 - self.sparsity)) <= NEAR:
-            return
-        remedy = "give rounds more steps, or scores a higher lr"
-        if self.ranking:
-            remedy = f"the ticket has {asked:.2%} of them, those with the highest scores; for better ones, {remedy}"
-        warnings.warn(
-            f"{self.name}: steering ended with {found:.2%} of the weights above 0, where {asked:.2%} were asked for; "
-            f"{remedy}",
-            stacklevel=5,
-        )
-
-    def _warn_of_empty(self, kept: Sequence[Tensor]) -> None:
+    def _warn_of(self, kept: Sequence[Tensor], last: bool) -> None:
+        if self.sparsity is not None:
+            found, asked = float(self._density()), 1 - self.sparsity
+            if abs(found - asked) > NEAR if last else found < asked - NEAR:
+                stays = self._weights([int(chosen.sum()) for chosen in kept]) / self._total()
+                warnings.warn(
+                    f"{self.name}: steering ended round {self._rounds.done + 1} with {found:.2%} of the weights above "
+                    f"0, where {asked:.2%} are asked for in the end; "
+                    + (f"{stays:.2%} stay, those with the highest scores; " if self.ranking else "")
+                    + "give rounds more steps, or scores another lr",
+                    stacklevel=5,
+                )
         for scored, chosen in zip(self.scored, kept, strict=True):
             if not chosen.any():
                 warnings.warn(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial, reduce
-from itertools import compress
+from itertools import compress, zip_longest
 from math import prod
 from operator import or_
 from typing import Any
@@ -50,8 +50,8 @@ class Hebbian(DropGrow):
     The strength of a connection is how often its input and its output were both active, as a fraction of the times
     they could have been, or their correlation (see `gossamer.scores.coactivation` and `correlation`). It is known of
     pruned connections too. Every so often the weakest active ones of a tensor are dropped, and as many grow, which
-    begin anew. Strengths are measured in training, in every forward pass of every `count_every`-th step, over all
-    ranks.
+    begin anew. Strengths are measured in training, in every forward pass of every `count_every`-th step (and of those
+    before it that were skipped for gradients that are not finite), over all ranks.
 
     Args:
         drop_score: `"strength"`; `"strength_or_magnitude"`: only what both would drop goes, magnitudes of positive and
@@ -268,7 +268,7 @@ class Hebbian(DropGrow):
 
     def state_dict(self) -> dict[str, Any]:
         """See `Method.state_dict`."""
-        measured = {name: each.state_dict() for name, each in self._connections.items()}
+        measured = [each.state_dict() for each in self._connections.values()]
         return super().state_dict() | {"measured": measured, "steps": self._steps}
 
     def check_state(self, state: Mapping[str, Any], masks: Mapping[str, Tensor]) -> None:
@@ -277,18 +277,19 @@ class Hebbian(DropGrow):
         measured, steps = state.get("measured"), state.get("steps")
         if type(steps) is not int or steps < 0:
             raise StateError(f"{self.name}: the saved number of steps is {steps!r:.40}; the file is damaged")
-        for name, each in self._connections.items():
-            if not isinstance(measured, Mapping) or not each.fits(measured.get(name)):
+        listed = measured if isinstance(measured, list) and len(measured) == len(self._connections) else []
+        for (name, each), saved in zip_longest(self._connections.items(), listed):
+            if not each.fits(saved):
                 raise StateError(
-                    f"{name}: what was saved of its strengths is not a finite number for each of its "
+                    f"{self.name}: {name}: what was saved of its strengths is not a finite number for each of its "
                     f"{tuple(each.shape)} connections; the file is damaged, use an earlier one"
                 )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Method.load_state_dict`."""
         super().load_state_dict(state)
-        for name, each in self._connections.items():
-            each.load_state_dict(state["measured"][name])
+        for each, saved in zip(self._connections.values(), state["measured"], strict=True):
+            each.load_state_dict(saved)
         self._steps = state["steps"]
         self._open()
 
@@ -382,6 +383,9 @@ class Hebbian(DropGrow):
             OrderError: A layer was not measured since the last update.
             ConfigurationError: No connection of a layer was active at both ends.
         """
+        if self._steps % self.count_every == 0:  # the passes of this step count too
+            self._collect()
+            self._open()
         fraction = self.fraction(step)
         alive, moving = self._alive(), self._moving()
         kept = [mask.clone() for mask in alive]

@@ -30,8 +30,8 @@ class IMP(PruningMethod):
     Args:
         length: Optimizer steps of a round.
         rounds: How often it is pruned, at least 1.
-        rewind: Steps of the first round after which all is kept, from 0 on (what the model is when attached); `None`
-            to go on with the weights as they are.
+        rewind: Steps of the first round after which all is kept, from 0 on (what the model is when its optimizer is
+            followed); `None` to go on with the weights as they are.
 
     See `PruningMethod` for the other arguments; the distribution is `"global"` unless another is given.
     """
@@ -59,6 +59,10 @@ class IMP(PruningMethod):
         """See `Method.install`."""
         super().install()
         self._rounds.reach(0, self._model)
+
+    def followed(self) -> None:
+        """See `Method.followed`."""
+        self._rounds.followed(self._model)
 
     def check_run(self, steps: int) -> None:
         """See `Method.check_run`."""

@@ -232,9 +232,9 @@ class LearnedMethod(Method):
         """Weights in a whole group of each division."""
         return torch.tensor([each.size for each in self.scored], dtype=sums.dtype, device=sums.device)
 
-    def _sum(self, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """A function of the scores, summed over the weights of whole groups, and over all ranks; 0-dim."""
-        sums = whole_sums([each.scores for each in self.scored], function)
+    def _sum(self, function: Callable[..., Tensor], *beside: Sequence[Tensor]) -> Tensor:
+        """A function of the scores, summed over the weights of whole groups, and over all ranks; see `whole_sums`."""
+        sums = whole_sums([each.scores for each in self.scored], function, *beside)
         return (sums * self._sizes(sums)).sum()
 
     def _total(self) -> int:
@@ -285,7 +285,7 @@ class LearnedMethod(Method):
                     owner._init_flat_weights()  # type: ignore[operator]
 
 
-def whole_sums(scores: Sequence[Tensor], function: Callable[[Tensor], Tensor]) -> Tensor:
+def whole_sums(scores: Sequence[Tensor], function: Callable[..., Tensor], *beside: Sequence[Tensor]) -> Tensor:
     """The sum of a function of every number of each tensor, over all ranks where it is sharded; differentiable.
 
     At most one collective. A gradient stays on the rank that holds the number. Half precision is summed in single.
@@ -293,13 +293,18 @@ def whole_sums(scores: Sequence[Tensor], function: Callable[[Tensor], Tensor]) -
     Args:
         scores: The tensors.
         function: Applied to each, element by element.
+        beside: Further tensors for each, sharded as it is: the function's other arguments.
 
     Returns:
         `(tensors,)`.
     """
     sharded = [each for each in scores if isinstance(each, DTensor)]
-    parts = [each.to_local() if isinstance(each, DTensor) else each for each in scores]
-    sums = torch.stack([function(part.float() if part.element_size() < 4 else part).sum() for part in parts])
+    parts = [
+        [each.to_local() if isinstance(each, DTensor) else each for each in row]
+        for row in zip(scores, *beside, strict=True)
+    ]
+    wide = [[part.float() if part.element_size() < 4 else part for part in row] for row in parts]
+    sums = torch.stack([function(*row).sum() for row in wide])
     if not sharded:
         return sums
     held = torch.tensor([isinstance(each, DTensor) for each in scores], device=sums.device)

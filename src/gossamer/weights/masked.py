@@ -166,7 +166,8 @@ class MaskMethod(Method):
                 "damaged, use an earlier one"
             )
         found = count_over_shards(self.tensors, [masks[tensor.name].count_nonzero() for tensor in self.tensors])
-        if (noted := state.get("active")) != found:
+        noted = state.get("active")
+        if not isinstance(noted, list) or any(type(count) is not int for count in noted) or noted != found:
             raise StateError(
                 f"{self.name}: the saved masks have {found} active weights, and when they were saved {noted!r:.200}; "
                 "the file is damaged, use an earlier one"

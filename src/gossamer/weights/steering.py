@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-HIGHEST = 30.0
-"""Within this the controller's level stays: at it λ is 5e12 times what it starts from."""
+STRONGEST = 3.0
+"""How hard a penalty may pull at scores, where the loss pulls with 1 on average. A reward may pull as hard as that."""
+
+SMOOTHING = 0.9
+"""How much of the pull of the loss is kept from one measurement to the next."""
 
 
 class Steering:
@@ -18,7 +21,9 @@ class Steering:
 
     With `e = ln(density / goal)`, within ±1, every measurement makes `I ← I + i·e` and `λ = λ₀·sinh(I + p·e)`. So λ
     grows exponentially while too many weights are left, whatever its right scale is, falls as soon as too few are, and
-    becomes a reward for weights where fewer are left than will be in the end. Nothing is read back from the device.
+    becomes a reward for weights where fewer are left than will be in the end. It stays within `STRONGEST` times the λ
+    with which the penalty pulls as hard at scores as the loss does, and as a reward within that: beyond, scores would
+    run to where masks are so hard that nothing brings them back. Nothing is read back from the device.
 
     Args:
         scale: λ₀, above 0.
@@ -32,9 +37,10 @@ class Steering:
     def __init__(self, scale: float, integral: float, proportional: float = 25.0) -> None:
         self._scale, self._i, self._p = scale, integral, proportional
         self._level = torch.zeros((), dtype=torch.float64)
+        self._pull = torch.full((), torch.nan, dtype=torch.float64)
         self.strength = torch.tensor(scale, dtype=torch.float32)
 
-    def steer(self, density: Tensor, goal: float, final: float, rewards: bool) -> None:
+    def steer(self, density: Tensor, goal: float, final: float, rewards: bool, pull: Tensor) -> None:
         """Take a measurement into account.
 
         Args:
@@ -42,30 +48,38 @@ class Steering:
             goal: The one that ought to be by now.
             final: The one that ought to be in the end, at most the goal. Between the two λ falls to 0 and no further.
             rewards: Whether λ may be below 0 where the density is below `final`.
+            pull: The λ with which the penalty would pull as hard at scores as the loss does, 0-dim; not finite where
+                that is not known now.
         """
-        density = density.double()
+        density, pull = density.double(), pull.double()
+        before = self._pull.to(pull.device)
+        mixed = torch.where(before.isnan(), pull, before + (1 - SMOOTHING) * (pull - before))
+        self._pull = torch.where(pull.isfinite(), mixed, before)
+        limit = self._pull.nan_to_num(nan=0.0) / self._scale
+        highest = torch.asinh(STRONGEST * limit)
         too_few = density < final
         error = (density / torch.where(too_few, final, goal)).log().clamp(-1.0, 1.0)
-        least = torch.where(too_few, -HIGHEST, 0.0) if rewards else torch.zeros_like(density)
-        self._level = (self._level.to(density.device) + self._i * error).clamp(
-            min=least, max=torch.full_like(least, HIGHEST)
-        )
-        level = (self._level + self._p * error).clamp(min=least, max=torch.full_like(least, HIGHEST))
+        lowest = torch.where(too_few & rewards, -torch.asinh(limit), torch.zeros_like(limit))
+        self._level = (self._level.to(density.device) + self._i * error).clamp(min=lowest, max=highest)
+        level = (self._level + self._p * error).clamp(min=lowest, max=highest)
         self.strength = (self._scale * level.sinh()).float()
 
     def state_dict(self) -> dict[str, Any]:
         """What it has come to."""
-        return {"level": float(self._level), "strength": float(self.strength)}
+        return {"level": float(self._level), "pull": float(self._pull), "strength": float(self.strength)}
 
     def check_state(self, state: object) -> bool:
         """Whether `load_state_dict` can take this."""
         return (
             isinstance(state, Mapping)
-            and set(state) == {"level", "strength"}
-            and all(isinstance(each, float) and math.isfinite(each) for each in state.values())
+            and set(state) == {"level", "pull", "strength"}
+            and all(isinstance(each, float) for each in state.values())
+            and math.isfinite(state["level"])
+            and math.isfinite(state["strength"])
+            and not math.isinf(state["pull"])
         )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave."""
-        self._level = torch.tensor(state["level"], dtype=torch.float64)
+        self._level, self._pull = (torch.tensor(state[name], dtype=torch.float64) for name in ("level", "pull"))
         self.strength = torch.tensor(state["strength"], dtype=torch.float32)
