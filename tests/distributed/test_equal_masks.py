@@ -14,7 +14,8 @@ WRAPPERS = ("ddp", "fsdp")
 NAMES = (*METHODS, *STRUCTURED, *PADDED)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CHANGING = [name for name in NAMES if name != "static"]
-GIVEN = [(name, "float32") for name in CHANGING] + [(name, "bfloat16") for name in ("rigl", "dsr", "gmp-global")]
+RANKED = [name for name in CHANGING if not name.startswith("hebbian")]  # that ranks by forward passes
+GIVEN = [(name, "float32") for name in RANKED] + [(name, "bfloat16") for name in ("rigl", "dsr", "gmp-global")]
 
 
 def still(parameters):

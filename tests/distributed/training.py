@@ -261,6 +261,13 @@ METHODS: dict[str, Callable[[], gs.Method]] = {
     "dsr": lambda: gs.DSR(0.7, every=1, threshold=0.05, prune_fraction=0.05),
     "gmp": lambda: gs.GMP(0.8, end=UPDATES, every=1),
     "gmp-global": lambda: gs.GMP(0.8, end=UPDATES, every=1, distribution="global"),
+    "hebbian": lambda: gs.Hebbian(0.7, every=1, count_every=1, threshold=-0.5, grow_score="strength"),
+    "hebbian-model": lambda: gs.Hebbian(
+        0.7, every=2, count_every=2, scope="model", drop_score="strength_or_magnitude", threshold=-0.5, decay=0.5
+    ),
+    "hebbian-slice": lambda: gs.Hebbian(
+        0.5, every=2, count_every=1, scope="slice", drop_score="weighted_magnitude", threshold=-0.5
+    ),
 }
 
 STRUCTURED: dict[str, Callable[[], gs.Method]] = {

@@ -1,0 +1,151 @@
+"""What it costs to count which connections are active at both ends.
+
+    python benchmarks/coactivation_cost.py [--threads 2] [--pairs 40] [--out benchmarks/results/coactivation_cost.json]
+
+For `Conv2d(3, 6, 5)` on images of CIFAR-10 and the layers of LeNet and ResNet-20, at batch 128: dense forward, dense
+forward and backward, and both with counting in every forward pass, in every 20th (as a mean over 20 of them), and by
+the stacked convolution of the seed's notebook. A and B alternate in one run; times are medians, ratios medians of
+paired ratios. `peak_mb` is what a single count takes at most, beside input, output and weight.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cost import alternate
+from gossamer.scores import coactivation
+
+BATCH = 128
+LAYERS: dict[str, tuple[int, int, int, int, int]] = {
+    # Input maps, side of an image, output maps, kernel, padding.
+    "Conv2d(3, 6, 5), CIFAR-10": (3, 32, 6, 5, 0),
+    "LeNet conv1": (1, 28, 6, 5, 0),
+    "LeNet conv2": (6, 12, 16, 5, 0),
+    "ResNet-20 stage 1": (16, 32, 16, 3, 1),
+    "ResNet-20 stage 2": (32, 16, 32, 3, 1),
+    "ResNet-20 stage 3": (64, 8, 64, 3, 1),
+}
+
+
+def make(name: str) -> tuple[nn.Conv2d, Tensor]:
+    maps, side, out, kernel, padding = LAYERS[name]
+    torch.manual_seed(0)
+    return nn.Conv2d(maps, out, kernel, padding=padding), torch.randn(BATCH, maps, side, side)
+
+
+def stacked_weight(conv: nn.Conv2d) -> Tensor:
+    """The weight of the notebook's convolution: a group for each place of a filter, 1 there and 0 elsewhere."""
+    places = torch.eye(conv.weight[0].numel())
+    return places.view(-1, 1, *conv.weight.shape[1:]).repeat(1, conv.out_channels, 1, 1, 1).flatten(0, 1)
+
+
+def stacked_count(conv: nn.Conv2d, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+    """As the notebook counts: all taps at once, of as many copies of the input as a filter has weights."""
+    places = conv.weight[0].numel()
+    seen = F.conv2d(x.repeat(1, places, 1, 1), weight, None, conv.stride, conv.padding, groups=places)
+    both = torch.sigmoid(y).gt(0.5).repeat(1, places, 1, 1) & torch.sigmoid(seen).gt(0.5)
+    return both.sum((0, 2, 3)).float().view(places, -1).t().reshape(conv.weight.shape)
+
+
+def peak(name: str, how: str) -> float:
+    """Megabytes that a count takes at most, in a process of its own."""
+    found = subprocess.run(
+        [sys.executable, __file__, "--peak", name, how], capture_output=True, text=True, check=True
+    ).stdout
+    return float(found)
+
+
+def measure_peak(name: str, how: str) -> float:
+    conv, x = make(name)
+    y = conv(x).detach()
+    small = coactivation(x[:1], y[:1], conv)  # what libraries need once
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if how == "coactivation":
+        coactivation(x, y, conv)
+    else:
+        stacked_count(conv, x, y, stacked_weight(conv))
+    del small
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def measure(name: str, pairs: int) -> dict[str, Any]:
+    conv, x = make(name)
+    y = conv(x).detach()
+    weight = stacked_weight(conv)
+    gradient = torch.randn_like(y)
+    assert stacked_count(conv, x[:4], y[:4], weight).equal(coactivation(x[:4], y[:4], conv))
+
+    def forward() -> None:
+        with torch.no_grad():
+            conv(x)
+
+    def both() -> None:
+        conv(x).backward(gradient)
+
+    def counted(every: int, times: int) -> Callable[[], None]:
+        def steps() -> None:
+            for step in range(times):
+                found = conv(x)
+                if step % every == 0:
+                    coactivation(x, found.detach(), conv)
+                found.backward(gradient)
+
+        return steps
+
+    def twenty() -> None:
+        for _ in range(20):
+            both()
+
+    count = alternate(lambda: stacked_count(conv, x, y, weight), lambda: coactivation(x, y, conv), max(3, pairs // 8))
+    return {
+        "forward": alternate(forward, lambda: (forward(), coactivation(x, y, conv)), pairs),
+        "forward_and_backward, counted each time": alternate(both, counted(1, 1), pairs),
+        "forward_and_backward, counted every 20th time": alternate(twenty, counted(20, 20), max(5, pairs // 4)),
+        "one count: the notebook's, and coactivation": count | {"times_as_fast": 1 / count["ratio"]},
+        "peak_mb": {how: peak(name, how) for how in ("coactivation", "stacked")},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "coactivation_cost.json")
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.peak:
+        print(measure_peak(*arguments.peak))
+        return
+    found = {}
+    for name in LAYERS:
+        found[name] = measure(name, arguments.pairs)
+        print(name, json.dumps(found[name], indent=1), flush=True)
+    result = {
+        "command": f"python benchmarks/coactivation_cost.py --threads {arguments.threads} --pairs {arguments.pairs}",
+        "machine": {
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "cores": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        },
+        "layers": found,
+    }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
