@@ -7,8 +7,9 @@ and on Fashion-MNIST, 10 epochs, at 80 % and 95 % sparsity of every layer, three
 learning rate and schedule, begin with random masks, and change theirs every 200 steps until three quarters of the run;
 nothing is chosen by results. Rules:
 
-- `slices`: the seed's. In every kernel, and every row of a linear layer, the weakest go and the strongest of the others
-  come, with values drawn anew. At 95 % a 5×5 kernel keeps one weight of 25.
+- `by strength`: the seed's. In every kernel, and every row of a linear layer, the weakest go and the strongest of the
+  others come, with values drawn anew. At 95 % one weight of a 5×5 kernel would be left, which nothing could replace:
+  there whole layers are ranked.
 - `Hebbian`, `OR magnitude`, `weighted magnitude`: over whole layers the weakest go (of the second only those whose
   weight is small too), and random ones come.
 - `magnitude, anew`: the smallest weights go; what comes begins as in the rules above. It tells how much of a difference
@@ -65,7 +66,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "dense": None,
     "static": {"type": "static", "distribution": "uniform"},
     "random": SCHEDULE | {"type": "random_rewiring", "distribution": "uniform"},
-    "slices": HEBBIAN | {"scope": "slice", "grow_score": "strength"},
+    "by strength": HEBBIAN | {"grow_score": "strength"},
     "Hebbian": HEBBIAN,
     "OR magnitude": HEBBIAN | {"drop_score": "strength_or_magnitude", "drop_fraction": 0.5},
     "weighted magnitude": HEBBIAN | {"drop_score": "weighted_magnitude"},
@@ -77,6 +78,8 @@ METHODS: dict[str, dict[str, Any] | None] = {
 
 def recipe(job: dict[str, Any]) -> Recipe:
     method = METHODS[job["method"]]
+    if job["method"] == "by strength" and job["sparsity"] == 0.8:
+        method = METHODS[job["method"]] | {"scope": "slice"}
     return Recipe.model_validate(
         {
             "data": {"name": job["data"], "batch_size": 128},

@@ -257,7 +257,13 @@ def lowest(unit: list[Any], value: dict[Any, float], fraction: float) -> set[Any
 def test_an_update_drops_the_lowest_and_grows_as_many(scope: str, drop: str, growth: str) -> None:
     # Strengths of this statistic do not tie, so that which connections go is not a question of order.
     run = Run(
-        scope=scope, drop_score=drop, grow_score=growth, statistic="absolute_correlation", drop_fraction=0.4, every=9
+        sparsity=0.6,
+        scope=scope,
+        drop_score=drop,
+        grow_score=growth,
+        statistic="absolute_correlation",
+        drop_fraction=0.4,
+        every=9,
     )
     run.train(4)
     run.backward(4)
@@ -325,7 +331,14 @@ def test_all_slices_have_as_many_active_before_and_after_updates_with_ties(
     layer = nn.Conv2d(3, 4, (5, 6))
     size = math.prod(side for dim, side in enumerate((4, 3, 5, 6)) if dim not in (dims or [0, 1]))
     count = math.floor((1 - Fraction(str(sparsity))) * size)
-    make = lambda: gs.Hebbian(sparsity, scope="slice", prune_dims=dims, every=2, count_every=1, seed=seed)  # noqa: E731
+    options = {"prune_dims": dims, "every": 2, "count_every": 1, "drop_fraction": 0.6, "seed": seed}
+    make = lambda: gs.Hebbian(sparsity, scope="slice", **options)  # noqa: E731
+    if count == 1:
+        with pytest.raises(
+            gs.ConfigurationError, match=r"weight: of 1 active weights in a slice .* never change; use sc"
+        ):
+            gs.attach(layer, make())
+        return
     if count == 0:
         with pytest.raises(gs.ConfigurationError, match=rf"weight: slices of {size} weights cannot be sparser than"):
             gs.attach(layer, make())
@@ -429,6 +442,11 @@ def test_what_cannot_be_meant_is_refused(options: dict[str, Any], message: str) 
             lambda: nn.Conv2d(3, 4, 3),
             {"scope": "slice", "sparsity": 0.9},
             r"slices of 9 weights cannot be sparser than 0.88",
+        ),
+        (
+            lambda: nn.Conv2d(3, 4, 3),
+            {"scope": "slice", "sparsity": 0.7, "drop_fraction": 0.4},
+            r"weight: of 2 active weights in a slice drop_fraction=0.4 drops none.*; give at least 0\.5, or use scope",
         ),
         (lambda: nn.Linear(3, 4), {"scope": "slice", "prune_dims": [2]}, r"weight: slices of shape \(4, 3\) along dim"),
         (lambda: nn.Linear(3, 4), {"scope": "slice", "sparsity": None}, r"no sparsity; scope='slice' needs one"),

@@ -341,6 +341,13 @@ class Hebbian(DropGrow):
                     f"sparsity={self.sparsity} was asked for; use scope='tensor', or leave it out with "
                     f"targets=['!{groups.name}']"
                 )
+            if 0 < self.drop_fraction * count < 1:
+                raise ConfigurationError(
+                    f"{groups.name}: of {count} active weights in a slice drop_fraction={self.drop_fraction:g} drops "
+                    "none, so that its mask would never change; "
+                    + (f"give at least {1 / count:.4g}, or " if count > 1 else "")
+                    + "use scope='tensor'"
+                )
             counts.append(groups.total // size * count)
         return counts
 
