@@ -7,6 +7,7 @@ number. Ranks exchange counts and histograms, never weights.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import numpy as np
 import torch
@@ -112,6 +113,23 @@ def largest_in_cells(scores: Tensor, counts: Tensor, size: int) -> Tensor:
     order = cells.argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(size, device=order.device).expand_as(order))
     return (rank < counts.view(-1, 1)).view(-1)
+
+
+def largest_in_slices(scores: Tensor, counts: Tensor, dims: Sequence[int]) -> Tensor:
+    """The `counts[i]` largest of each slice along some dimensions; equal scores from the lowest index.
+
+    Args:
+        scores: Of any shape, without NaN; `-inf` is never chosen while others are left.
+        counts: Of each slice, in the order of those dimensions, or `(1,)`; integers.
+        dims: The dimensions that slices are taken along; what is ranked are the others.
+
+    Returns:
+        bool, of the shape of `scores`.
+    """
+    along, first = sorted(dims), range(len(dims))
+    moved = scores.movedim(along, tuple(first))
+    chosen = largest_in_cells(moved.reshape(-1), counts, prod(moved.shape[len(along) :]))
+    return chosen.view(moved.shape).movedim(tuple(first), along)
 
 
 def largest_along(scores: Tensor, count: int, dim: int) -> Tensor:

@@ -18,7 +18,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from gossamer.checks import MAX_SEED, check_integer, check_number
-from gossamer.choice import largest_in_cells
+from gossamer.choice import largest_in_slices
 from gossamer.collect import recomputing
 from gossamer.errors import ConfigurationError, OrderError, StateError
 from gossamer.masks import enforce
@@ -179,11 +179,8 @@ class DSLayer(nn.Module):
 
     def _strongest(self, count: int) -> Tensor:
         """Of each slice so many, bool in the weight's shape; equal ones from the lowest index."""
-        first = tuple(range(len(self.prune_dims)))
-        slices = self.connections_tensor.movedim(self.prune_dims, first)
-        counts = torch.tensor([count], device=slices.device)
-        chosen = largest_in_cells(slices.reshape(-1), counts, self._slice_size())
-        return chosen.view(slices.shape).movedim(first, self.prune_dims)
+        strengths = self.connections_tensor
+        return largest_in_slices(strengths, torch.tensor([count], device=strengths.device), self.prune_dims)
 
     def _generator(self) -> torch.Generator:
         """A generator for one time; it also gives the seed of the next."""

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gossamer.checks import check_boolean, check_integer, check_number
-from gossamer.choice import largest_in_cells, refuse_nan
+from gossamer.choice import largest_in_slices, refuse_nan
 from gossamer.connections import Connections, Statistic
 from gossamer.distribution import Distribution, active_weights, apportion_groups
 from gossamer.errors import ConfigurationError, OrderError, StateError
@@ -356,30 +356,29 @@ class Hebbian(DropGrow):
             return super()._random_masks(counts)
         found = []
         for groups, count in zip(self.groups, counts, strict=True):
-            scores = self._slices(groups, random_scores(groups, groups.total, self.generator))
-            each = torch.tensor([count // len(scores)], device=scores.device)
-            chosen = largest_in_cells(scores.reshape(-1), each, scores.shape[1])
-            found.append((self._whole(groups, chosen).to(torch.int8).neg_(), count))
+            scores = random_scores(groups, groups.total, self.generator)
+            each = torch.tensor([count * self._slice_size(groups.tensors[0]) // groups.total], device=scores.device)
+            found.append((self._choose(groups, scores, each).to(torch.int8).neg_(), count))
         return found
 
-    def _slices(self, groups: Groups, values: Tensor) -> Tensor:
-        """Values of all weights on this rank → `(slices, weights in one)`."""
+    def _whole_slices(self, groups: Groups, values: Tensor) -> Tensor:
+        """Values of all weights on this rank in the weight's shape, of which each slice is on one rank."""
         tensor = groups.tensors[0]
-        dims = self._dims(tensor)
-        if tensor.process_group is not None and 0 not in dims:
+        if tensor.process_group is not None and 0 not in self._dims(tensor):
             raise ConfigurationError(
                 f"{tensor.name}: is sharded along dimension 0, which slices must not be cut by; have 0 among prune_dims"
             )
-        moved = values.view(tensor.mask.shape).movedim(tuple(dims), tuple(range(len(dims))))
-        return moved.reshape(-1, self._slice_size(tensor))
+        return values.view(tensor.mask.shape)
 
-    def _whole(self, groups: Groups, values: Tensor) -> Tensor:
-        """Undo `_slices`; flat."""
-        tensor = groups.tensors[0]
-        dims = self._dims(tensor)
-        places = tuple(range(len(dims)))
-        shape = torch.empty(tensor.mask.shape, device="meta").movedim(tuple(dims), places).shape
-        return values.view(shape).movedim(places, tuple(dims)).reshape(-1)
+    def _count(self, groups: Groups, mask: Tensor) -> Tensor:
+        """How many of each slice are not 0, int64 `(slices,)`."""
+        others = [dim for dim in range(len(groups.shape)) if dim not in self._dims(groups.tensors[0])]
+        return (self._whole_slices(groups, mask) != 0).sum(others).reshape(-1)
+
+    def _choose(self, groups: Groups, scores: Tensor, counts: Tensor) -> Tensor:
+        """The highest of each slice, so many of each, bool in the shape of the scores."""
+        dims = self._dims(groups.tensors[0])
+        return largest_in_slices(self._whole_slices(groups, scores), counts, dims).reshape(-1)
 
     # -- updates -----------------------------------------------------------------------------------------------------
 
@@ -448,12 +447,11 @@ class Hebbian(DropGrow):
         kept = [mask.clone() for mask in alive]
         if self.scope == "slice":
             for each, mask in zip(groups, kept, strict=True):
-                live, scores = (self._slices(each, part) for part in (mask != 0, each.scores(score, state)))
-                refuse_nan([each], [scores.reshape(-1)])
-                counts = live.sum(1)
+                scores = each.scores(score, state)
+                refuse_nan([each], [scores])
+                counts = self._count(each, mask)
                 counts -= (counts.double() * fraction).long()
-                chosen = largest_in_cells(scores.masked_fill(~live, -torch.inf), counts, scores.shape[1])
-                mask.copy_(self._whole(each, chosen)).neg_()
+                mask.copy_(self._choose(each, scores.masked_fill_(mask == 0, -torch.inf), counts)).neg_()
             return kept
         active = count_over_shards(groups, [mask.count_nonzero() for mask in alive])
         # What grows at random is none of what was just dropped, for which there must be room.
@@ -473,18 +471,17 @@ class Hebbian(DropGrow):
         was = count_over_shards(groups, [mask.count_nonzero() for mask in alive])
         now = count_over_shards(groups, [mask.count_nonzero() for mask in kept])
         free = [mask == 0 for mask in (alive if score is None else kept)]
-        counts = [mask.clone() for mask in alive]
+        before = [mask.clone() for mask in alive]
         for mask, stays in zip(alive, kept, strict=True):
             mask.copy_(stays)
         values = None if score is None else [each.scores(score, state, self.p) for each in groups]
         if self.scope == "slice":
             for i, (each, mask) in enumerate(zip(groups, alive, strict=True)):
                 scores = random_scores(each, len(mask), self.generator) if values is None else values[i]
-                stays, may, scores = (self._slices(each, part) for part in (mask != 0, free[i], scores))
-                refuse_nan([each], [scores.reshape(-1)])
-                missing = self._slices(each, counts[i] != 0).sum(1) - stays.sum(1)
-                scores = scores.masked_fill(~may, torch.finfo(scores.dtype).min).masked_fill_(stays, -torch.inf)
-                mask.sub_(self._whole(each, largest_in_cells(scores, missing, scores.shape[1])).to(torch.int8))
+                refuse_nan([each], [scores])
+                missing = self._count(each, before[i]) - self._count(each, mask)
+                scores.masked_fill_(~free[i], torch.finfo(scores.dtype).min).masked_fill_(mask != 0, -torch.inf)
+                mask.sub_(self._choose(each, scores, missing).to(torch.int8))
             return
         rooms = [
             each.total - (before if score is None else after)
