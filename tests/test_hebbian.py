@@ -389,6 +389,28 @@ def test_groups_are_ranked_by_the_strengths_of_their_connections(structure: str)
     assert len(seen) > 2
 
 
+def test_connections_that_were_never_active_are_ranked_at_random_below_all_others() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(40, 20)
+    optimizer = optim.SGD(layer.parameters(), lr=0.0)
+    sparsity = gs.attach(
+        layer, gs.Hebbian(0.5, every=4, count_every=1, drop_fraction=0.9, grow_score="strength"), optimizer
+    )
+    x = torch.rand(64, 40)
+    x[:, 5:] = -1.0  # which leaves 35 of 40 inputs never active
+    with torch.no_grad():
+        layer.bias.fill_(100.0)
+    for _ in range(4):
+        layer(x).sum().backward()
+        optimizer.step()
+    mask = sparsity.masks()["weight"]
+    assert mask[:, :5].all()
+    columns = mask[:, 5:].sum(0)
+    assert columns.sum() == 400 - 100
+    assert columns.max() < 18  # by index the first would be full, and the last empty
+    assert columns.min() > 0
+
+
 def test_finalizing_leaves_no_hook_and_the_same_outputs() -> None:
     run = Run().train(7)
     x = batch(99)[0]

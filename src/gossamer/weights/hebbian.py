@@ -49,9 +49,9 @@ class Hebbian(DropGrow):
 
     The strength of a connection is how often its input and its output were both active, as a fraction of the times
     they could have been, or their correlation (see `gossamer.scores.coactivation` and `correlation`). It is known of
-    pruned connections too. Every so often the weakest active ones of a tensor are dropped, and as many grow, which
-    begin anew. Strengths are measured in training, in every forward pass of every `count_every`-th step (and of those
-    before it that were skipped for gradients that are not finite), over all ranks.
+    pruned connections too; those of strength 0 are ranked at random. Every so often the weakest active ones of a tensor
+    are dropped, and as many grow, which begin anew. Strengths are measured in training, in every forward pass of every
+    `count_every`-th step (and of those before it that were skipped for gradients that are not finite), over all ranks.
 
     Args:
         drop_score: `"strength"`; `"strength_or_magnitude"`: only what both would drop goes, magnitudes of positive and
@@ -147,9 +147,11 @@ class Hebbian(DropGrow):
 
     def _own_scores(self) -> dict[str, Score]:
         def strength(view: View) -> Tensor:
-            parameter = self._by_name[view.name].parameter
-            whole = self._connections[view.name].strength(self.decay).to(local(parameter).device)
-            return view.take(rows_like(whole, parameter)).clone()
+            tensor = self._by_name[view.name]
+            whole = self._connections[view.name].strength(self.decay).to(tensor.mask.device)
+            # Connections that were never active may be many. By their index those of a kernel's first row would go on.
+            chance = torch.rand(tensor.shape, generator=self.generator).to(tensor.mask.device)
+            return view.take(rows_like(torch.where(whole == 0, -1e-30 * chance, whole), tensor.parameter)).clone()
 
         def weighted_magnitude(view: View) -> Tensor:
             return strength(view).mul_(view.weight.abs())
