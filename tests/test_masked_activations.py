@@ -118,7 +118,7 @@ def test_a_mask_that_is_assigned_may_keep_another_number_of_positions() -> None:
     y = layer(torch.randn(5, 2, 4, 4))
     assert y[..., 0, :3].all()
     assert y.count_nonzero() == 5 * 2 * 3
-    for wrong in (torch.zeros(4, 4), torch.ones(4, 5), None):
+    for wrong in (torch.zeros(4, 4), torch.ones(4, 5), torch.full((4, 4), 0.5), torch.full((4, 4), torch.nan), None):
         with pytest.raises(gs.ConfigurationError, match=r"mask: got .*expected True and False for \(4, 4\), not all F"):
             layer.activation.mask = wrong
     assert layer.activation.mask.equal(mask.bool())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable
+from typing import Any
 
 from gossamer.errors import ConfigurationError
 
@@ -32,6 +33,15 @@ def check_boolean(name: str, value: object) -> None:
     """Raise a ConfigurationError unless `value` is True or False."""
     if not isinstance(value, bool):
         raise ConfigurationError(f"{name}: expected True or False, got {value!r}")
+
+
+def check_not_nested(name: str, *tensors: Any) -> None:
+    """Raise a ConfigurationError where one of these tensors is nested; `name` is what got it."""
+    if any(tensor.is_nested for tensor in tensors):
+        raise ConfigurationError(
+            f"{name}: got nested tensors, which cannot be worked on; a torch.nn.TransformerEncoder makes none where it "
+            "is built with enable_nested_tensor=False, or has its attribute use_nested_tensor set to False"
+        )
 
 
 def closest(name: str, allowed: Iterable[str]) -> str:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+
+MOST = 4
+"""How many arguments with defaults a forward pass may have: it is traced with every choice of them."""
 
 _FRESH = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 """Modules whose output is a tensor of its own, which an in-place ReLU may change where it is its only user."""
@@ -20,20 +24,26 @@ def foldable_relus(
 ) -> dict[nn.Module, nn.ReLU]:
     """For every site that has one, the `torch.nn.ReLU` that alone takes its output, or that it is itself.
 
-    It is read off the graphs that `torch.fx` finds in copies of the model: in training and in evaluation, and with the
-    arguments of `forward` that have defaults given and left out. All must agree; nothing is found where a forward pass
-    cannot be traced, or keeps what it computed. What other callers of the modules do is not seen.
+    It is read off the graphs that `torch.fx` finds in copies of the model: in training and in evaluation, with every
+    choice of the arguments of `forward` that have defaults, and with what stands for tensors looking like some and not.
+    All must agree; nothing is found where a forward pass cannot be traced, or keeps what it computed, or has more than
+    `MOST` such arguments. What other callers of the modules do is not seen.
 
     Args:
         model: The model.
         sites: Modules within it.
         ours: Whether a forward hook is one that the fold replaces; a module with other hooks is left.
     """
+    parameters = inspect.signature(model.forward).parameters.values()
+    defaults = {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
+    if len(defaults) > MOST:
+        return {}
     graphs = []
-    for training in (True, False):
-        for defaults in (False, True):
+    for training, tensors in itertools.product((True, False), repeat=2):
+        for left_out in itertools.product((True, False), repeat=len(defaults)):
+            given = dict(itertools.compress(defaults.items(), left_out))
             try:
-                graphs.append(_trace(model, training, defaults))
+                graphs.append(_trace(model, training, given, _TensorTracer() if tensors else _Tracer()))
             except Exception:  # a forward pass that cannot be traced may raise anything
                 return {}
     named = dict(model.named_modules())
@@ -59,17 +69,35 @@ class _Tracer(fx.Tracer):
         return hooked or own or bool(super().is_leaf_module(m, module_qualified_name))
 
 
-def _trace(model: nn.Module, training: bool, defaults: bool) -> fx.Graph:
+class _TensorProxy(fx.Proxy):
+    """Is taken for a tensor by code that asks for its type."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[Tensor]:  # type: ignore[override]
+        return Tensor
+
+
+class _TensorTracer(_Tracer):
+    """A tracer for which every value is such a one."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """See `torch.fx.Tracer`."""
+        return _TensorProxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        """See `torch.fx.Tracer`, which would take it for a constant."""
+        return a.node if issubclass(type(a), fx.Proxy) else super().create_arg(a)
+
+
+def _trace(model: nn.Module, training: bool, given: dict[str, Any], tracer: fx.Tracer) -> fx.Graph:
     """The graph of a copy of the model; an error where the copy kept something of it."""
     shared = {id(parameter): parameter for parameter in model.parameters()}
     traced = copy.deepcopy(model, dict(shared)).train(training)
-    parameters = inspect.signature(traced.forward).parameters.values()
-    given = {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
-        graph = _Tracer().trace(traced, concrete_args=given if defaults and given else None)
+        graph = tracer.trace(traced, concrete_args=given or None)
     for module in traced.modules():
-        if any(isinstance(each, fx.Proxy) for value in vars(module).values() for each in _within(value)):
+        if any(issubclass(type(each), fx.Proxy) for value in vars(module).values() for each in _within(value)):
             raise ValueError("keeps what it computed")
     return graph
 

@@ -332,3 +332,51 @@ def test_fatrelu_keeps_what_is_above_the_threshold_and_nan(dtype):
     assert not torch.signbit(y[:5]).any()
     with pytest.raises(gs.ConfigurationError, match=r"3 thresholds .* shape \(2, 4\)"):
         FATReLU(channels=3)(torch.randn(2, 4))
+
+
+class Branches(nn.Module):
+    """What lies before the ReLU is seen in passes that only some arguments, or tensors, lead to."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.first, self.relu, self.last = nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)
+
+    def forward(self, x, skip=None, mask=None):
+        h = self.first(x)
+        y = self.relu(h)
+        if self.kind == "arguments":
+            if mask is not None:
+                y = y * mask
+            elif skip is not None:
+                y = y + h * skip
+        if (self.kind == "is_tensor" and torch.is_tensor(h)) or (
+            self.kind == "isinstance" and isinstance(h, torch.Tensor)
+        ):
+            y = y + h
+        return self.last(y)
+
+
+@pytest.mark.parametrize("kind", ["arguments", "is_tensor", "isinstance", "none"])
+def test_a_relu_is_left_where_any_choice_of_arguments_or_a_tensor_shows_what_lies_before_it(kind):
+    torch.manual_seed(0)
+    model = Branches(kind).eval()
+    sparsity = gs.attach(model, gs.LossyThreshold(0.1, eps=0.5))
+    x = torch.randn(4, 6)
+    calls = [{}, {"skip": torch.ones(1)}, {"mask": torch.ones(6)}]
+    with torch.no_grad(), sparsity.hardened():
+        before = [model(x, **options) for options in calls]
+    sparsity.finalize()
+    assert isinstance(model.relu, FATReLU) == (kind == "none")
+    with torch.no_grad():
+        assert all(model(x, **options).equal(y) for options, y in zip(calls, before, strict=True))
+
+
+def test_a_forward_pass_with_many_optional_arguments_is_not_folded():
+    class Many(Branches):
+        def forward(self, x, a=None, b=None, c=None, d=None, e=None):
+            return super().forward(x)
+
+    model = Many("none")
+    gs.attach(model, gs.LossyThreshold(0.1, eps=0.5)).finalize()
+    assert type(model.relu) is nn.ReLU

@@ -639,3 +639,31 @@ def test_an_empty_batch_has_no_penalty() -> None:
     sparsity = gs.attach(net, gs.LossyThreshold())
     net(torch.zeros(0, 4))
     assert sparsity.penalty().item() == 0
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_nested_tensors_are_refused_with_the_site_and_the_remedy() -> None:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1)
+    sparsity = gs.attach(encoder, gs.LossyThreshold(0.1))
+    x, padding = torch.randn(2, 4, 16), torch.zeros(2, 4, dtype=torch.bool)
+    padding[1, 3] = True
+    encoder(x, src_key_padding_mask=padding)
+    encoder.eval()
+    with (
+        torch.no_grad(),
+        pytest.raises(gs.ConfigurationError, match=r"^layers\.0\.linear1: .*nested .*use_nested_tensor"),
+    ):
+        encoder(x, src_key_padding_mask=padding)
+    encoder.use_nested_tensor = False
+    with torch.no_grad():
+        encoder(x, src_key_padding_mask=padding)
+    sparsity.finalize()
+    encoder.use_nested_tensor = True
+    with torch.no_grad(), pytest.raises(gs.ConfigurationError, match=r"nested tensors.*use_nested_tensor set to False"):
+        encoder(x, src_key_padding_mask=padding)
+
+
+def test_the_sharpness_begins_no_higher_than_it_may_become() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))
+    sparsity = gs.attach(model, gs.LossyThreshold(0.1, sharpness=100.0, max_sharpness=10.0))
+    assert [row["sharpness"] for row in sparsity.methods[0].learned()] == [10.0]

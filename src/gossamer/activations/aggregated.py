@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from gossamer.activations.functions import FUNCTIONS, Aggregate, RowByRow, by_name, check_options, kind
 from gossamer.activations.over_ranks import over_ranks
+from gossamer.checks import check_not_nested
 from gossamer.collect import recomputing
 from gossamer.errors import ConfigurationError, NonFiniteError, StateError
 from gossamer.sites import SiteSelection, see_hooks, select_sites
@@ -492,6 +493,7 @@ class _Hook:
         key, x = next(((key, value) for key, value in values if isinstance(value, Tensor)), (None, None))
         if x is None:
             raise ConfigurationError(f"{self.name}: was called without a tensor; unregister this layer")
+        check_not_nested(self.name, x)
         if not x.is_floating_point() or not x.dim():
             raise ConfigurationError(
                 f"{self.name}: got activations of shape {tuple(x.shape)} and dtype {x.dtype}; expected batches of "

@@ -138,7 +138,7 @@ class LossyThreshold(Method):
         globs = list(self.strength) if isinstance(self.strength, Mapping) else []
         if idle := [glob for glob in globs if not any(matches(site.name, glob) for site in self.placed)]:
             raise ConfigurationError(f"strength: {idle[0]!r} matches no site; the first is {self.placed[0].name}")
-        self._told = self.sharpness
+        self._told = self._sharpness(0)
         self._model = model
         self._steps = 0  # since it was attached, or its state was loaded
 
@@ -150,7 +150,7 @@ class LossyThreshold(Method):
         """See `Method.install`."""
         see_hooks()
         for site, (channels, dim) in zip(self.placed, self._channels, strict=True):
-            sparsifier = PlacedSparsifier(self.eps, self.sharpness, channels=channels, dim=dim)
+            sparsifier = PlacedSparsifier(self.eps, self._told, channels=channels, dim=dim)
             sparsifier.remember_for(self._penalty, self.hard)
             sparsifier.join(site, self._model, self.position)
 

@@ -18,7 +18,7 @@ from gossamer.activations.counts import THRESHOLDS, SiteCounter
 from gossamer.activations.lossy import CHILD
 from gossamer.activations.macs import LAYERS, MacCounter
 from gossamer.activations.measurements import ActivationMeasurements, fraction
-from gossamer.checks import check_boolean
+from gossamer.checks import check_boolean, check_not_nested
 from gossamer.errors import ConfigurationError
 from gossamer.nn.kwinners import KWinners
 from gossamer.nn.lossy import LossySparsifier, hard_threshold, lossy_threshold
@@ -261,7 +261,7 @@ def _count_site(
             f"{name}: gives {what}, and only tensors of floating point are measured; leave it out with "
             f"sites=['!{name}', ...], or name modules within it"
         )
-    _refuse_nested(name, output)
+    check_not_nested(name, output)
     per_channel = isinstance(module, THRESHOLDS) and len(module.eps) > 1
     counter.add(output, int(module.dim) if per_channel else channels.dim)  # type: ignore[arg-type]
 
@@ -271,13 +271,5 @@ def _count_macs(
 ) -> None:
     names = ("input1", "input2") if isinstance(module, nn.Bilinear) else ("input",)
     inputs = tuple(args[i] if i < len(args) else kwargs[key] for i, key in enumerate(names))
-    _refuse_nested(name, *inputs)
+    check_not_nested(name, *inputs)
     counter.add(inputs, output)
-
-
-def _refuse_nested(name: str, *tensors: Tensor) -> None:
-    if any(x.is_nested for x in tensors):
-        raise ConfigurationError(
-            f"{name}: got nested tensors, which are not measured; a torch.nn.TransformerEncoder makes none where it is "
-            "built with enable_nested_tensor=False, or has its attribute use_nested_tensor set to False"
-        )

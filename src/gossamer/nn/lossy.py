@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.autograd.function import once_differentiable
 
-from gossamer.checks import check_integer, check_number
+from gossamer.checks import check_integer, check_not_nested, check_number
 from gossamer.errors import ConfigurationError
 from gossamer.penalties import TERMS
 from gossamer.targets import whole
@@ -90,6 +90,7 @@ def threshold_relu(x: Tensor, eps: Tensor, dim: int = 1) -> Tensor:
 
 
 def _check(x: Tensor, eps: Tensor, dim: int) -> None:
+    check_not_nested("lossy threshold", x)
     if not x.is_floating_point():
         raise ConfigurationError(f"lossy threshold: got activations of dtype {x.dtype}; expected floating point")
     if eps.numel() > 1 and (x.dim() <= max(dim, -dim - 1) or x.shape[dim] != eps.numel()):

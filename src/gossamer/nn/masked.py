@@ -191,7 +191,8 @@ class SparseActivation(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "mask":
-            if not isinstance(value, Tensor) or tuple(value.shape) != self.size or not value.any():
+            fits = isinstance(value, Tensor) and tuple(value.shape) == self.size
+            if not fits or not ((value == 0) | (value == 1)).all() or not value.any():
                 got = f"{tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else repr(value)
                 raise ConfigurationError(f"mask: got {got}; expected True and False for {self.size}, not all False")
             value = value != 0
