@@ -24,20 +24,61 @@ def foldable_relus(
 ) -> dict[nn.Module, nn.ReLU]:
     """For every site that has one, the `torch.nn.ReLU` that alone takes its output, or that it is itself.
 
-    It is read off the graphs that `torch.fx` finds in copies of the model: in training and in evaluation, with every
-    choice of the arguments of `forward` that have defaults, and with what stands for tensors looking like some and not.
-    All must agree; nothing is found where a forward pass cannot be traced, or keeps what it computed, or has more than
-    `MOST` such arguments. What other callers of the modules do is not seen.
+    A ReLU that is a site is its own, if the model calls it. Another one is found where it follows a site in an
+    `nn.Sequential`, both are there once and nowhere else, and no forward pass is seen to use what lies between them.
+    What passes do is read off the graphs that `torch.fx` finds in copies of the model, in training and in evaluation,
+    with every choice of the arguments of `forward` that have defaults, and with what stands for tensors looking like
+    some and not; nothing is found where one cannot be traced, keeps what it computed, or has more than `MOST` such
+    arguments. An in-place ReLU that is a site has to follow, in the same way, a module whose output is a new tensor.
+    What other callers of the modules do is not seen.
 
     Args:
         model: The model.
         sites: Modules within it.
         ours: Whether a forward hook is one that the fold replaces; a module with other hooks is left.
     """
+    after = _neighbours(model)
+    before = {second: first for first, second in after.items()}
+    graphs = _graphs(model)
+    named = dict(model.named_modules())
+    calls = [Counter(named[str(node.target)] for node in graph.nodes if node.op == "call_module") for graph in graphs]
+    alone = [_used_by_the_next_alone(graph, named) for graph in graphs]
+
+    def meets(first: nn.Module | None) -> bool:
+        return first is not None and bool(alone) and all(first in each for each in alone)
+
+    found: dict[nn.Module, nn.ReLU] = {}
+    for site in sites:
+        if type(site) is nn.ReLU:
+            fresh = isinstance(before.get(site), _FRESH) and meets(before.get(site))
+            called = bool(calls) and all(each[site] for each in calls)
+            if called and (fresh or not site.inplace) and _is_plain(site, ours):
+                found[site] = site
+            continue
+        relu = after.get(site)
+        alone_with = meets(site) and not _is_watched(site, ours)
+        if isinstance(relu, nn.ReLU) and type(relu) is nn.ReLU and alone_with and _is_plain(relu, lambda hook: False):
+            found[site] = relu
+    return found
+
+
+def _neighbours(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Modules within plain `nn.Sequential`s, each with the one that follows; only those that are in one place."""
+    places = Counter(module for _, module in model.named_modules(remove_duplicate=False))
+    rows = [
+        list(module.children())
+        for module in model.modules()
+        if type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
+    ]
+    return {a: b for row in rows for a, b in itertools.pairwise(row) if places[a] == places[b] == 1}
+
+
+def _graphs(model: nn.Module) -> list[fx.Graph]:
+    """The graphs of all forward passes that are looked at; none where one of them is not to be had."""
     parameters = inspect.signature(model.forward).parameters.values()
     defaults = {each.name: each.default for each in parameters if each.default is not inspect.Parameter.empty}
     if len(defaults) > MOST:
-        return {}
+        return []
     graphs = []
     for training, tensors in itertools.product((True, False), repeat=2):
         for left_out in itertools.product((True, False), repeat=len(defaults)):
@@ -45,10 +86,19 @@ def foldable_relus(
             try:
                 graphs.append(_trace(model, training, given, _TensorTracer() if tensors else _Tracer()))
             except Exception:  # a forward pass that cannot be traced may raise anything
-                return {}
-    named = dict(model.named_modules())
-    found = [dict(_pairs(graph, named, set(sites), ours)) for graph in graphs]
-    return {site: relu for site, relu in found[0].items() if all(each.get(site) is relu for each in found)}
+                return []
+    return graphs
+
+
+def _used_by_the_next_alone(graph: fx.Graph, named: dict[str, nn.Module]) -> set[nn.Module]:
+    """Modules that are called once, and whose output goes to another module that is called once, and nowhere else."""
+    called = {node: named[str(node.target)] for node in graph.nodes if node.op == "call_module"}
+    calls = Counter(called.values())
+    return {
+        module
+        for node, module in called.items()
+        if calls[module] == 1 and len(node.users) == 1 and calls[called.get(next(iter(node.users)))] == 1  # type: ignore[index]
+    }
 
 
 def turn_into(module: nn.Module, other: nn.Module) -> None:
@@ -111,24 +161,6 @@ def _within(value: Any) -> Iterator[Any]:
             yield from _within(each)
     else:
         yield value
-
-
-def _pairs(
-    graph: fx.Graph, named: dict[str, nn.Module], sites: set[nn.Module], ours: Callable[[Any], bool]
-) -> Iterator[tuple[nn.Module, nn.ReLU]]:
-    called = {node: named[str(node.target)] for node in graph.nodes if node.op == "call_module"}
-    calls: Counter[Any] = Counter(called.values())
-    for site in sites & set(calls):
-        nodes = [node for node, module in called.items() if module is site]
-        if type(site) is nn.ReLU:
-            inputs = [node.all_input_nodes[0] for node in nodes]
-            fresh = all(isinstance(called.get(each), _FRESH) and len(each.users) == 1 for each in inputs)
-            if _is_plain(site, ours) and (fresh or not site.inplace):
-                yield site, site
-        elif calls[site] == 1 and len(nodes[0].users) == 1 and not _is_watched(site, ours):
-            relu = called.get(next(iter(nodes[0].users)))
-            if type(relu) is nn.ReLU and calls[relu] == 1 and _is_plain(relu, lambda hook: False):
-                yield site, relu
 
 
 def _is_plain(module: nn.Module, ours: Callable[[Any], bool]) -> bool:

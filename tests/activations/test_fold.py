@@ -216,11 +216,10 @@ def test_what_is_kept_or_read_in_some_calls_only_is_not_folded(form):
     assert not hasattr(net, "features") or isinstance(net.features, torch.Tensor)
 
 
-@pytest.mark.parametrize("sites", ["a", "r"])
-def test_a_relu_is_changed_for_all_who_refer_to_it(sites):
+def test_a_relu_is_changed_for_all_who_refer_to_it():
     torch.manual_seed(0)
     net = Listed()
-    sparsity = prepare(net, sites=[sites], eps=0.2)
+    sparsity = prepare(net, sites=["r"], eps=0.2)
     x = torch.randn(5, 6)
     expected = hardened(net)(x)
     sparsity.finalize()
@@ -335,12 +334,13 @@ def test_fatrelu_keeps_what_is_above_the_threshold_and_nan(dtype):
 
 
 class Branches(nn.Module):
-    """What lies before the ReLU is seen in passes that only some arguments, or tensors, lead to."""
+    """What lies before the ReLU is seen in passes that only some arguments, tensors or flags lead to."""
 
     def __init__(self, kind):
         super().__init__()
-        self.kind = kind
+        self.kind, self.flag = kind, False
         self.first, self.relu, self.last = nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)
+        self.body = nn.Sequential(self.first, self.relu)
 
     def forward(self, x, skip=None, mask=None):
         h = self.first(x)
@@ -350,33 +350,73 @@ class Branches(nn.Module):
                 y = y * mask
             elif skip is not None:
                 y = y + h * skip
-        if (self.kind == "is_tensor" and torch.is_tensor(h)) or (
-            self.kind == "isinstance" and isinstance(h, torch.Tensor)
-        ):
+        seen = {"is_tensor": torch.is_tensor(h), "isinstance": isinstance(h, torch.Tensor), "flag": self.flag}
+        if seen.get(self.kind):
             y = y + h
         return self.last(y)
 
 
-@pytest.mark.parametrize("kind", ["arguments", "is_tensor", "isinstance", "none"])
-def test_a_relu_is_left_where_any_choice_of_arguments_or_a_tensor_shows_what_lies_before_it(kind):
+@pytest.mark.parametrize("kind", ["arguments", "is_tensor", "isinstance", "flag"])
+@pytest.mark.parametrize("in_a_row", [True, False])
+def test_a_relu_is_left_where_what_lies_before_it_may_be_seen(kind, in_a_row):
     torch.manual_seed(0)
     model = Branches(kind).eval()
+    if not in_a_row or kind == "flag":
+        del model.body
+    else:
+        del model.first, model.relu
+        model.__class__ = type(
+            "InARow", (Branches,), {"first": property(lambda m: m.body[0]), "relu": property(lambda m: m.body[1])}
+        )
     sparsity = gs.attach(model, gs.LossyThreshold(0.1, eps=0.5))
     x = torch.randn(4, 6)
     calls = [{}, {"skip": torch.ones(1)}, {"mask": torch.ones(6)}]
+
+    def outputs():
+        found = [model(x, **options) for options in calls]
+        model.flag = True
+        found += [model(x, **options) for options in calls]
+        model.flag = False
+        return found
+
     with torch.no_grad(), sparsity.hardened():
-        before = [model(x, **options) for options in calls]
+        before = outputs()
     sparsity.finalize()
-    assert isinstance(model.relu, FATReLU) == (kind == "none")
+    assert type(model.relu) is nn.ReLU
     with torch.no_grad():
-        assert all(model(x, **options).equal(y) for options, y in zip(calls, before, strict=True))
+        assert all(now.equal(then) for now, then in zip(outputs(), before, strict=True))
+
+
+def test_a_row_that_a_forward_pass_has_once_is_folded_whatever_its_flags():
+    class Flagged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.flag = False
+            self.body, self.last = nn.Sequential(nn.Linear(6, 6), nn.ReLU()), nn.Linear(6, 3)
+
+        def forward(self, x, skip=None):
+            h = self.body(x)
+            if self.flag or skip is not None:
+                h = h + x
+            return self.last(h)
+
+    torch.manual_seed(0)
+    model = Flagged().eval()
+    sparsity = gs.attach(model, gs.LossyThreshold(0.1, eps=0.5))
+    x = torch.randn(4, 6)
+    with torch.no_grad(), sparsity.hardened():
+        before = model(x)
+    sparsity.finalize()
+    assert isinstance(model.body[1], FATReLU)
+    with torch.no_grad():
+        assert model(x).equal(before)
 
 
 def test_a_forward_pass_with_many_optional_arguments_is_not_folded():
-    class Many(Branches):
+    class Many(nn.Sequential):
         def forward(self, x, a=None, b=None, c=None, d=None, e=None):
             return super().forward(x)
 
-    model = Many("none")
-    gs.attach(model, gs.LossyThreshold(0.1, eps=0.5)).finalize()
-    assert type(model.relu) is nn.ReLU
+    model = nn.Sequential(Many(nn.Sequential(nn.Linear(6, 6), nn.ReLU()), nn.Linear(6, 3)))
+    gs.attach(model[0], gs.LossyThreshold(0.1, eps=0.5)).finalize()
+    assert type(model[0][0][1]) is nn.ReLU

@@ -61,9 +61,9 @@ class LossyThreshold(Method):
         hard: Whether values are those of the hard threshold from the start, with the gradients of the smoothed one (a
             straight-through estimator).
         lr: Learning rate of the thresholds; `None` for the optimizer's.
-        fold: Whether `finalize` makes one operation of a threshold and the ReLU after it, where no forward pass of the
-            model shows that anything else sees what lies between them. What does not go through the model's `forward`,
-            such as a call of its parts from outside, is not seen.
+        fold: Whether `finalize` makes one operation of a threshold and the ReLU that follows it in an `nn.Sequential`,
+            where no forward pass of the model shows that anything else sees what lies between them, or that is its
+            site. What does not go through the model's `forward`, such as a call of its parts from outside, is not seen.
 
     Raises:
         ConfigurationError: A value out of range, when the method is made.
@@ -219,7 +219,7 @@ class LossyThreshold(Method):
     def finalize(self) -> None:
         """See `Method.finalize`: hard thresholds stay, as the children `sparsifier`, each a `LossyHardSparsifier`.
 
-        With `fold`, where a `torch.nn.ReLU` takes a site's output and nothing else does, or where the site is one, the
+        With `fold`, where a `torch.nn.ReLU` follows a site in an `nn.Sequential`, and where the site is one, the
         ReLU becomes a `gossamer.nn.FATReLU` with the same outputs, and the site is left as it was before.
         """
         self._last = self.learned()
