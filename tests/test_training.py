@@ -28,7 +28,9 @@ METHODS = {
     "static": "{type: static, sparsity: 0.9}",
 }
 
-LEARNED = "{type: lossy_threshold, strength: 0.3, eps: 0.3, norm: 'l0:0.05', double_at: [1 epoch, 50%]}"
+LEARNED = (
+    "{type: lossy_threshold, strength: 0.3, eps: 0.3, sites: '*relu*', norm: 'l0:0.05', double_at: [1 epoch, 50%]}"
+)
 COMBINED = METHODS | {
     "imp": "{type: imp, sparsity: 0.9, rounds: 2, length: 1 epoch, rewind: 5}",
     "thresholds": LEARNED,
