@@ -266,7 +266,7 @@ METHODS: dict[str, Callable[[], gs.Method]] = {
         0.7, every=2, count_every=2, scope="model", drop_score="strength_or_magnitude", threshold=-0.5, decay=0.5
     ),
     "hebbian-slice": lambda: gs.Hebbian(
-        0.5, every=2, count_every=1, scope="slice", drop_score="weighted_magnitude", threshold=-0.5
+        0.5, every=2, count_every=1, scope="slice", drop_fraction=0.5, drop_score="weighted_magnitude", threshold=-0.5
     ),
 }
 
