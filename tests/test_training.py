@@ -188,6 +188,7 @@ def test_a_run_folder_holds_recipe_metrics_updates_checkpoint_and_summary(tmp_pa
     assert equal(state["model"], dict(weights(result.model)))
 
 
+@pytest.mark.filterwarnings("ignore:continuous. steering ended:UserWarning")  # which so few steps are too few for
 @pytest.mark.parametrize("method", COMBINED)
 @pytest.mark.parametrize("optimizer", ["{name: SGD, lr: 0.1, momentum: 0.9}", "{name: AdamW, lr: 0.01}"])
 def test_a_run_interrupted_three_times_ends_as_one_that_was_not(tmp_path, monkeypatch, method, optimizer):
