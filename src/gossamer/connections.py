@@ -59,8 +59,8 @@ class Connections:
         with torch.no_grad():
             y = output.detach() if self._activation is None else self._activation(output.detach())
             try:
-                count = occasions(input, y, module)
                 found = self._statistic(input.detach(), y, module)
+                count = occasions(input, y, module)
             except ConfigurationError as error:
                 raise ConfigurationError(f"{self.name}: {error}") from None
             self._sum.add_(found, alpha=count if self._mean else 1)

@@ -90,19 +90,20 @@ def correlation(input: Tensor, output: Tensor, layer: nn.Module, *, absolute: bo
     x, y = _samples(layer, input, output)
     with torch.autocast(x.device.type, enabled=False):
         x, y = _standardized(x), _standardized(y)
-        positions = prod((x if getattr(layer, "transposed", False) else y).shape[2:])
+        count = occasions(x, y, layer)
         x = _pad(layer, x, 0.0)
         if absolute and not isinstance(layer, nn.Linear):
-            return _absolute(layer, x, y) / (len(y) * positions)
-        found = _weight_gradient(layer, x, y) / (len(y) * positions)
+            return _absolute(layer, x, y) / count
+        found = _weight_gradient(layer, x, y) / count
         return found.abs_() if absolute else found
 
 
 def occasions(input: Tensor, output: Tensor, layer: nn.Module) -> int:
     """The most that `coactivation` could count: samples, times positions that a weight is applied at."""
-    x, y = _samples(check_layer(layer), input, output)
-    source = x if getattr(layer, "transposed", False) else y
-    return source.numel() // source.shape[1]
+    layer = check_layer(layer)
+    if isinstance(layer, nn.Linear):
+        return output.numel() // layer.out_features
+    return input.numel() // layer.in_channels if layer.transposed else output.numel() // layer.out_channels
 
 
 def check_activity(threshold: float, sigmoid: bool, deviations: float | None) -> None:

@@ -470,10 +470,8 @@ class Hebbian(DropGrow):
     def _grow(self, groups: list[Groups], alive: list[Tensor], kept: list[Tensor], state: StateOf) -> None:
         """Make of these masks those with as many active, of which some were kept; in place."""
         score = self._grow_by()
-        was = count_over_shards(groups, [mask.count_nonzero() for mask in alive])
-        now = count_over_shards(groups, [mask.count_nonzero() for mask in kept])
-        free = [mask == 0 for mask in (alive if score is None else kept)]
         before = [mask.clone() for mask in alive]
+        free = [mask == 0 for mask in (before if score is None else kept)]
         for mask, stays in zip(alive, kept, strict=True):
             mask.copy_(stays)
         values = None if score is None else [each.scores(score, state, self.p) for each in groups]
@@ -485,11 +483,10 @@ class Hebbian(DropGrow):
                 scores.masked_fill_(~free[i], torch.finfo(scores.dtype).min).masked_fill_(mask != 0, -torch.inf)
                 mask.sub_(self._choose(each, scores, missing).to(torch.int8))
             return
-        rooms = [
-            each.total - (before if score is None else after)
-            for each, before, after in zip(groups, was, now, strict=True)
-        ]
-        wanted: list[int] | int = [before - after for before, after in zip(was, now, strict=True)]
+        was, now = (count_over_shards(groups, [mask.count_nonzero() for mask in masks]) for masks in (before, kept))
+        taken = was if score is None else now
+        rooms = [each.total - count for each, count in zip(groups, taken, strict=True)]
+        wanted: list[int] | int = [first - left for first, left in zip(was, now, strict=True)]
         if self.scope == "model":
             lost = sum(was) - sum(now)
             wanted = apportion_groups(lost, now, rooms, [1] * len(groups)) if values is None else lost
