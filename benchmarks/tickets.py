@@ -4,9 +4,11 @@
 
 LeNet on Fashion-MNIST (12 epochs a round, first scores -0.1, 0 and 0.1, three seeds) and ResNet-20 on 10,000 images of
 CIFAR-10 (25 epochs a round in bf16, first score 0, one seed), each with two rounds of search, after which the ticket is
-rewound to the second epoch of the first round and trained for as long as a round. λ and the last temperature are those
-of Savarese et al. (2020), 1e-8 and 200. The learning rate of the scores is their 0.1 times 33,235 / (steps of a round):
-theirs has 33,235 steps, and so scores go as far. Rivals:
+rewound to the second epoch of the first round and trained for as long as a round. The last temperature is that of
+Savarese et al. (2020), 200. The learning rate of the scores is their 0.1 times 33,235 / (steps of a round): theirs has
+33,235 steps, and so scores go as far. λ is their 1e-8 or, where that leaves the first seed more than 25 % of its
+weights, the first of 1e-7, 1e-6, ... that leaves 5 to 25 %; where one leaves less than 5 %, the geometric mean of it
+and the one before, and so on. 25 and not 30, so that other seeds stay below 30 too. All that was tried is told. Rivals:
 
 - `random`: the same search and the same rewound weights, with the masks of every layer shuffled before the ticket
   is trained, on the same order of data. The paired difference is the value of the masks.
@@ -16,8 +18,8 @@ theirs has 33,235 steps, and so scores go as far. Rivals:
 - `steered` (LeNet): a sparsity is asked for, that of the ticket found with the first score 0, and the penalty steered
   towards it; `density before ranking` is what steering alone came to.
 
-Nothing is chosen by results. Every finished run is one line of `runs.jsonl`; started again, the command goes on where
-it was stopped. It ends with `tickets.md`, `tickets.json` and `tickets.png`.
+Nothing is chosen by accuracies. Every finished run is one line of `runs.jsonl`; started again, the command goes on
+where it was stopped. It ends with `tickets.md`, `tickets.json` and `tickets.png`.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ LENGTH = {"lenet": 12, "cifar_resnet": 25}
 STEPS = {"lenet": 12 * 430, "cifar_resnet": 25 * 157}
 FIRST = {"lenet": (-0.1, 0.0, 0.1), "cifar_resnet": (0.0,)}
 SEEDS = {"lenet": (1, 2, 3), "cifar_resnet": (1,)}
-ROUNDS, REWIND, PUBLISHED_STEPS, PUBLISHED_RATE = 2, 2, 33_235, 0.1
+ROUNDS, REWIND, PUBLISHED_STEPS, PUBLISHED_RATE, PUBLISHED_PENALTY = 2, 2, 33_235, 0.1, 1e-8
+LEAST, MOST = 0.05, 0.25
 
 
 def recipe(network: str, rounds: int, method: dict[str, Any] | None) -> Recipe:
@@ -77,7 +80,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         last = result.history[ROUNDS * LENGTH[network] - 1]
         found = _of(result) | {"unranked": last["continuous.hard_density"]}
     else:
-        found = _search(network, job["first"], seed)
+        found = _search(network, job["first"], job["penalty"], seed)
     return job | found | {"seconds": round(time.perf_counter() - start, 1)}
 
 
@@ -85,9 +88,9 @@ def _of(result: Any) -> dict[str, Any]:
     return {"validation": result.validation_accuracy, "test": result.test_accuracy, "density": 1 - result.sparsity}
 
 
-def _search(network: str, first: float, seed: int) -> dict[str, Any]:
+def _search(network: str, first: float, penalty: float, seed: int) -> dict[str, Any]:
     """Search once, and train the ticket and a random one from the same rewound weights."""
-    plan, length = search(network, initial_value=first), LENGTH[network]
+    plan, length = search(network, initial_value=first, penalty=penalty), LENGTH[network]
     torch.set_num_threads(1)
     run = Run(plan.with_seeds([seed]), seed)
     history = [run.run_epoch(Display()) for _ in range(ROUNDS * length)]
@@ -133,28 +136,59 @@ def _shuffle(run: Run, seed: int) -> None:
 
 
 def key(job: dict[str, Any]) -> str:
-    return json.dumps([job[part] for part in ("network", "kind", "first", "seed")])
+    return json.dumps([job[part] for part in ("network", "kind", "first", "penalty", "seed")])
 
 
-def everything(networks: list[str], log: Path, workers: int) -> list[dict[str, Any]]:
-    """All runs: the searches first, since others are asked for the sparsity that those found."""
-    first: list[dict[str, Any]] = []
+def next_penalty(tried: dict[float, float]) -> float | None:
+    """λ to try next, where each of these left such a density; `None` where the last is the one to take."""
+    if not tried:
+        return PUBLISHED_PENALTY
+    last = list(tried)[-1]
+    if LEAST <= tried[last] <= MOST:
+        return None
+    weak = max((λ for λ, density in tried.items() if density > MOST), default=None)
+    strong = min((λ for λ, density in tried.items() if density < LEAST), default=None)
+    if strong is None:
+        return float(f"{last * 10:.3g}")
+    return float(f"{math.sqrt(strong * (strong / 100 if weak is None else weak)):.3g}")
+
+
+def everything(
+    networks: list[str], log: Path, workers: int
+) -> tuple[dict[tuple[str, float], dict[float, float]], list[dict[str, Any]]]:
+    """What was tried for λ, and all runs: the searches first, since others are asked for the sparsities they found."""
+    tried: dict[tuple[str, float], dict[float, float]] = {(n, first): {} for n in networks for first in FIRST[n]}
+    while wanted := [
+        _search_job(network, first, penalty, SEEDS[network][0])
+        for (network, first), densities in tried.items()
+        if (penalty := next_penalty(densities)) is not None
+    ]:
+        for each in complete(wanted, log, workers, run, key):
+            tried[each["network"], each["first"]][each["penalty"]] = each["ticket"]["density"]
+    jobs = []
     for network in networks:
         for seed in SEEDS[network]:
-            first += [{"network": network, "kind": "search", "first": s, "seed": seed} for s in FIRST[network]]
-            first.append({"network": network, "kind": "dense", "first": None, "seed": seed})
-    results = complete(first, log, workers, run, key)
+            jobs.append({"network": network, "kind": "dense", "first": None, "penalty": None, "seed": seed})
+            jobs += [_search_job(network, s, list(tried[network, s])[-1], seed) for s in FIRST[network]]
+    results = complete(jobs, log, workers, run, key)
     rest = []
     for each in results:
         if each["kind"] == "search":
             asked = {"sparsity": round(1 - each["ticket"]["density"], 4)}
-            rest.append({name: each[name] for name in ("network", "first", "seed")} | {"kind": "IMP"} | asked)
+            job = {name: each[name] for name in ("network", "first", "penalty", "seed")} | asked
+            rest.append(job | {"kind": "IMP"})
             if each["network"] == "lenet" and each["first"] == 0:
-                rest.append(rest[-1] | {"kind": "steered"})
-    return results + complete(rest, log, workers, run, key)
+                rest.append(job | {"kind": "steered"})
+    return tried, results + complete(rest, log, workers, run, key)
 
 
-def summarize(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _search_job(network: str, first: float, penalty: float, seed: int) -> dict[str, Any]:
+    return {"network": network, "kind": "search", "first": first, "penalty": penalty, "seed": seed}
+
+
+def summarize(
+    tried: dict[tuple[str, float], dict[float, float]], results: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     """A row for every network and first score, in per cent."""
     rows = []
     for network in dict.fromkeys(each["network"] for each in results):
@@ -171,6 +205,7 @@ def summarize(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 {
                     "network": network,
                     "first": first,
+                    "tried": [[penalty, 100 * density] for penalty, density in tried[network, first].items()],
                     "rounds": [
                         {
                             name: [100 * each["rounds"][number][name] for each in found]
@@ -214,12 +249,15 @@ def markdown(rows: list[dict[str, Any]], command: str) -> str:
         mine = [row for row in rows if row["network"] == network]
         lines += ["", f"## {TITLES[network]}", "", f"Dense: {spread(mine[0]['dense'])}.", ""]
         lines += [
-            "| s₀ | left after round 1 | soft, hard | left after round 2 | soft, hard |",
-            "|---|---|---|---|---|",
+            "| s₀ | λ | left after round 1 | soft, hard | left after round 2 | soft, hard |",
+            "|---|---|---|---|---|---|",
         ]
         for row in mine:
             cells = [f"{spread(r['density'])} | {spread(r['soft'])}, {spread(r['hard'])}" for r in row["rounds"]]
-            lines.append(f"| {row['first']:g} | {' | '.join(cells)} |")
+            lines.append(f"| {row['first']:g} | {row['tried'][-1][0]:g} | {' | '.join(cells)} |")
+        for row in (row for row in mine if len(row["tried"]) > 1):
+            left = ", ".join(f"{density:.2f} with {penalty:g}" for penalty, density in row["tried"])
+            lines += ["", f"s₀ = {row['first']:g}: λ was chosen by what the first seed was left with: {left}."]
         lines += [
             "",
             "| s₀ | left | ticket | random ticket | IMP | ticket − random | > 2 standard errors |",
@@ -279,7 +317,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "tickets")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    rows = summarize(everything(arguments.networks, arguments.out / "runs.jsonl", arguments.workers))
+    rows = summarize(*everything(arguments.networks, arguments.out / "runs.jsonl", arguments.workers))
     (arguments.out / "tickets.json").write_text(json.dumps(rows, indent=2) + "\n")
     text = markdown(rows, "python benchmarks/tickets.py")
     (arguments.out / "tickets.md").write_text(text)
