@@ -5,7 +5,7 @@
 For `Conv2d(3, 6, 5)` on images of CIFAR-10 and the layers of LeNet and ResNet-20, at batch 128: dense forward, dense
 forward and backward, and both with counting in every forward pass, in every 20th (as a mean over 20 of them), and by
 the stacked convolution of the seed's notebook. A and B alternate in one run; times are medians, ratios medians of
-paired ratios. `peak_mb` is what a single count takes at most, beside input, output and weight.
+paired ratios. `peak_mb` is what a single count takes at most, beside input, output and weight (Linux).
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -37,6 +36,7 @@ LAYERS: dict[str, tuple[int, int, int, int, int]] = {
     "ResNet-20 stage 2": (32, 16, 32, 3, 1),
     "ResNet-20 stage 3": (64, 8, 64, 3, 1),
 }
+FIRST = ("Conv2d(3, 6, 5), CIFAR-10", "LeNet conv1")
 
 
 def make(name: str) -> tuple[nn.Conv2d, Tensor]:
@@ -70,20 +70,27 @@ def peak(name: str, how: str) -> float:
 def measure_peak(name: str, how: str) -> float:
     conv, x = make(name)
     y = conv(x).detach()
-    small = coactivation(x[:1], y[:1], conv)  # what libraries need once
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    coactivation(x[:1], y[:1], conv)  # what libraries need once
+    before = _resident("VmRSS")
     if how == "coactivation":
         coactivation(x, y, conv)
     else:
         stacked_count(conv, x, y, stacked_weight(conv))
-    del small
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return _resident("VmHWM") - before
+
+
+def _resident(field: str) -> float:
+    """Megabytes of this process, now or at most. What `getrusage` calls its peak is inherited from its parent."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
 def measure(name: str, pairs: int) -> dict[str, Any]:
     conv, x = make(name)
     y = conv(x).detach()
     weight = stacked_weight(conv)
+    # Layers behind the first also send a gradient back.
+    fed = x.clone().requires_grad_(name not in FIRST)
     gradient = torch.randn_like(y)
     assert stacked_count(conv, x[:4], y[:4], weight).equal(coactivation(x[:4], y[:4], conv))
 
@@ -91,28 +98,21 @@ def measure(name: str, pairs: int) -> dict[str, Any]:
         with torch.no_grad():
             conv(x)
 
-    def both() -> None:
-        conv(x).backward(gradient)
-
-    def counted(every: int, times: int) -> Callable[[], None]:
-        def steps() -> None:
+    def steps(times: int, counted: int) -> Callable[[], None]:
+        def run() -> None:
             for step in range(times):
-                found = conv(x)
-                if step % every == 0:
+                found = conv(fed)
+                if step < counted:
                     coactivation(x, found.detach(), conv)
                 found.backward(gradient)
 
-        return steps
-
-    def twenty() -> None:
-        for _ in range(20):
-            both()
+        return run
 
     count = alternate(lambda: stacked_count(conv, x, y, weight), lambda: coactivation(x, y, conv), max(3, pairs // 8))
     return {
         "forward": alternate(forward, lambda: (forward(), coactivation(x, y, conv)), pairs),
-        "forward_and_backward, counted each time": alternate(both, counted(1, 1), pairs),
-        "forward_and_backward, counted every 20th time": alternate(twenty, counted(20, 20), max(5, pairs // 4)),
+        "forward_and_backward, counted each time": alternate(steps(1, 0), steps(1, 1), pairs),
+        "forward_and_backward, counted every 20th time": alternate(steps(20, 0), steps(20, 1), pairs),
         "one count: the notebook's, and coactivation": count | {"times_as_fast": 1 / count["ratio"]},
         "peak_mb": {how: peak(name, how) for how in ("coactivation", "stacked")},
     }

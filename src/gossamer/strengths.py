@@ -64,7 +64,7 @@ def coactivation(
         limits = [threshold if deviations is None else _limits(each, deviations) for each in (x, y)]
         # What lies in the padding is 0 before any function is applied to it, or what the layer puts there.
         padded = _pad(layer, x, 0.5 if sigmoid else 0.0)
-        return _weight_gradient(layer, (padded > limits[0]).float(), (y > limits[1]).float()).round_()
+        return _weight_gradient(layer, _above(padded, limits[0]), _above(y, limits[1])).round_()
 
 
 @torch.no_grad()
@@ -143,6 +143,11 @@ def _samples(layer: Layer, input: Tensor, output: Tensor) -> tuple[Tensor, Tenso
         )
     x, y = x.detach(), y.detach()
     return (x.float() if x.element_size() < 4 else x), (y.float() if y.element_size() < 4 else y)
+
+
+def _above(x: Tensor, limit: Tensor | float) -> Tensor:
+    """`1[x > limit]` in float32, without the booleans in between, which would take most of the time."""
+    return torch.gt(x, limit, out=torch.empty_like(x, dtype=torch.float32))
 
 
 def _limits(x: Tensor, deviations: float) -> Tensor:
