@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from itertools import compress
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -41,9 +40,6 @@ class DropGrow(MaskMethod):
     drop_fraction: float = 0.3
     drop_score: str | Score = "magnitude"
 
-    regrow_dropped: ClassVar[bool] = False
-    """Whether a group may be dropped and grown in one update, and so stay."""
-
     def _check(self) -> None:
         super()._check()
         self._schedule = as_schedule(self.every, until=self.until)
@@ -55,7 +51,7 @@ class DropGrow(MaskMethod):
         return as_score(self.drop_score, "drop_score")
 
     def _grow_by(self) -> Score | None:
-        """What is grown is largest in this score; at random where it is `None`."""
+        """What is grown is largest in this score; at random, but for what was just dropped, where it is `None`."""
         return None
 
     def _scores(self) -> list[Score]:
@@ -72,9 +68,11 @@ class DropGrow(MaskMethod):
     def update(self, step: int, state: StateOf) -> Proposal:
         """See `Method.update`."""
         fraction = self.fraction(step)
-        every, moving = self._alive(), self._moving()
-        self._replace(list(compress(self.groups, moving)), list(compress(every, moving)), fraction, state)
-        return Proposal(self._changes(every), {"drop_fraction": fraction})
+        alive, moving = self._alive(), self._moving()
+        groups, masks = list(compress(self.groups, moving)), list(compress(alive, moving))
+        if groups:
+            self._grow(groups, masks, self._drop(groups, masks, fraction, state), state)
+        return Proposal(self._changes(alive), {"drop_fraction": fraction})
 
     def _moving(self) -> list[bool]:
         """Whether the groups of each division are dropped and grown now."""
@@ -89,28 +87,56 @@ class DropGrow(MaskMethod):
                 )
         return trained
 
-    def _replace(self, groups: list[Groups], alive: list[Tensor], fraction: float, state: StateOf) -> None:
-        """Drop and grow in these masks of groups, in place."""
-        active = count_over_shards(groups, [mask.count_nonzero() for mask in alive])
-        drops = [int(fraction * count) for count in active]
-        rooms = [each.total - count for each, count in zip(groups, active, strict=True)]
-        if not self.regrow_dropped:
-            drops = [min(count, room) for count, room in zip(drops, rooms, strict=True)]
+    def _drop(self, groups: list[Groups], alive: list[Tensor], fraction: float, state: StateOf) -> list[Tensor]:
+        """New masks of what stays of these."""
+        return self._without(fraction, self._drop_by(), groups, alive, state)
+
+    def _without(
+        self, fraction: float, score: Score, groups: list[Groups], alive: list[Tensor], state: StateOf
+    ) -> list[Tensor]:
+        """New masks of what is left of these where such a fraction of each goes, the lowest in a score."""
+        kept = [mask.clone() for mask in alive]
+        active = self._counts(groups, alive)
+        rooms = self._rooms(groups, active)
+        drops = [min(int(fraction * now), room) for now, room in zip(active, rooms, strict=True)]
         if any(drops):
-            free = [mask == 0 for mask in alive]
-            index, scores = scores_of_active(groups, alive, self._drop_by(), state, self.p)
-            drop(groups, alive, index, scores, drops)
-            if self.regrow_dropped:
-                free = [mask == 0 for mask in alive]
-                rooms = [room + count for room, count in zip(rooms, drops, strict=True)]
-            grow(groups, alive, free, rooms, drops, self._growth(groups, drops, alive, state))
+            index, ranked = scores_of_active(groups, kept, score, state, self.p)
+            drop(groups, kept, index, ranked, drops)
+        return kept
+
+    def _rooms(self, groups: list[Groups], active: list[int]) -> list[int]:
+        """How many groups of each division may be dropped, so that as many others can grow."""
+        if self._grow_by() is not None:  # what was just dropped may grow, and so stay
+            return active
+        return [each.total - now for each, now in zip(groups, active, strict=True)]
+
+    def _grow(self, groups: list[Groups], alive: list[Tensor], kept: list[Tensor], state: StateOf) -> None:
+        """Make of these masks those with as many active, of which some were kept; in place."""
+        score = self._grow_by()
+        was, now = self._counts(groups, alive), self._counts(groups, kept)
+        # What was just dropped does not grow at random.
+        taken, full = (was, alive) if score is None else (now, kept)
+        free, rooms = [mask == 0 for mask in full], [each.total - n for each, n in zip(groups, taken, strict=True)]
+        wanted = self._wanted(was, now, rooms)
+        for mask, stays in zip(alive, kept, strict=True):
+            mask.copy_(stays)
+        if wanted if isinstance(wanted, int) else any(wanted):
+            grow(groups, alive, free, rooms, wanted, self._growth(groups, wanted, alive, state))
+
+    def _wanted(self, was: list[int], now: list[int], rooms: list[int]) -> list[int] | int:
+        """How many groups of each division grow, or of all together."""
+        return [first - left for first, left in zip(was, now, strict=True)]
+
+    def _counts(self, groups: list[Groups], masks: list[Tensor]) -> list[int]:
+        return count_over_shards(groups, [mask.count_nonzero() for mask in masks])
 
     def _growth(
-        self, groups: Sequence[Groups], counts: Sequence[int], alive: Sequence[Tensor], state: StateOf
+        self, groups: Sequence[Groups], counts: Sequence[int] | int, alive: Sequence[Tensor], state: StateOf
     ) -> torch.Generator | list[Tensor]:
         score = self._grow_by()
         if score is None:
             return self.generator
+        counts = [counts] * len(groups) if isinstance(counts, int) else counts
         return [
             each.scores(score, state, self.p) if count else torch.zeros(len(mask), device=mask.device)
             for each, mask, count in zip(groups, alive, counts, strict=True)

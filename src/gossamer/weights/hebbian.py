@@ -22,7 +22,7 @@ from gossamer.connections import Connections, Statistic
 from gossamer.distribution import Distribution, active_weights, apportion_groups
 from gossamer.errors import ConfigurationError, OrderError, StateError
 from gossamer.groups import Groups, changes, layout_of
-from gossamer.masks import Change, MaskedTensor, count_over_shards, rows_like
+from gossamer.masks import Change, MaskedTensor, rows_like
 from gossamer.method import Masks, Proposal, StateOf
 from gossamer.scores import Score, View, as_score, magnitude
 from gossamer.sites import see_hooks
@@ -30,7 +30,7 @@ from gossamer.strengths import LAYERS, check_activity, coactivation, correlation
 from gossamer.structure import Element, as_structure
 from gossamer.targets import local
 from gossamer.weights.drop_grow import DropGrow
-from gossamer.weights.ranking import drop, grow, prune_to, random_scores, scores_of_active
+from gossamer.weights.ranking import prune_to, random_scores
 
 STATISTICS = ("coactivation", "correlation", "absolute_correlation")
 SCOPES = ("slice", "tensor", "model")
@@ -430,8 +430,8 @@ class Hebbian(DropGrow):
                 )
 
     def _drop(self, groups: list[Groups], alive: list[Tensor], fraction: float, state: StateOf) -> list[Tensor]:
-        """New masks of what stays of these."""
-        stay = self._highest(self._drop_by(), groups, alive, fraction, state)
+        """See `DropGrow._drop`."""
+        stay = super()._drop(groups, alive, fraction, state)
         if self.drop_score != "strength_or_magnitude":
             return stay
         parts = [alive]
@@ -439,13 +439,15 @@ class Hebbian(DropGrow):
             below = [each.scores(_weight, state) < 0 for each in groups]
             parts = [[mask * part for mask, part in zip(alive, below, strict=True)]]
             parts.append([mask * ~part for mask, part in zip(alive, below, strict=True)])
-        large = [self._highest(magnitude, groups, part, fraction, state) for part in parts]
+        large = [self._without(fraction, magnitude, groups, part, state) for part in parts]
         return [reduce(or_, masks) for masks in zip(stay, *large, strict=True)]
 
-    def _highest(
-        self, score: Score, groups: list[Groups], alive: list[Tensor], fraction: float, state: StateOf
+    def _without(
+        self, fraction: float, score: Score, groups: list[Groups], alive: list[Tensor], state: StateOf
     ) -> list[Tensor]:
-        """New masks of what is left of these where such a fraction of them goes, the lowest in a score."""
+        """See `DropGrow._without`; such a fraction of each slice, or of all together."""
+        if self.scope == "tensor":
+            return super()._without(fraction, score, groups, alive, state)
         kept = [mask.clone() for mask in alive]
         if self.scope == "slice":
             for each, mask in zip(groups, kept, strict=True):
@@ -454,43 +456,32 @@ class Hebbian(DropGrow):
                 counts = self._count(each, mask)
                 counts -= (counts.double() * fraction).long()
                 mask.copy_(self._choose(each, scores.masked_fill_(mask == 0, -torch.inf), counts)).neg_()
-            return kept
-        active = count_over_shards(groups, [mask.count_nonzero() for mask in alive])
-        # What grows at random is none of what was just dropped, for which there must be room.
-        free = self._grow_by() is not None
-        rooms = [now if free else each.total - now for each, now in zip(groups, active, strict=True)]
-        if self.scope == "model":
-            prune_to(groups, kept, [sum(active) - min(int(fraction * sum(active)), sum(rooms))], score, state, self.p)
         else:
-            index, ranked = scores_of_active(groups, kept, score, state, self.p)
-            drops = [min(int(fraction * now), room) for now, room in zip(active, rooms, strict=True)]
-            drop(groups, kept, index, ranked, drops)
+            active = self._counts(groups, alive)
+            room = sum(self._rooms(groups, active))
+            prune_to(groups, kept, [sum(active) - min(int(fraction * sum(active)), room)], score, state, self.p)
         return kept
 
     def _grow(self, groups: list[Groups], alive: list[Tensor], kept: list[Tensor], state: StateOf) -> None:
-        """Make of these masks those with as many active, of which some were kept; in place."""
-        score = self._grow_by()
-        before = [mask.clone() for mask in alive]
-        free = [mask == 0 for mask in (before if score is None else kept)]
-        for mask, stays in zip(alive, kept, strict=True):
-            mask.copy_(stays)
-        values = None if score is None else [each.scores(score, state, self.p) for each in groups]
-        if self.scope == "slice":
-            for i, (each, mask) in enumerate(zip(groups, alive, strict=True)):
-                scores = random_scores(each, len(mask), self.generator) if values is None else values[i]
-                refuse_nan([each], [scores])
-                missing = self._count(each, before[i]) - self._count(each, mask)
-                scores.masked_fill_(~free[i], torch.finfo(scores.dtype).min).masked_fill_(mask != 0, -torch.inf)
-                mask.sub_(self._choose(each, scores, missing).to(torch.int8))
+        """See `DropGrow._grow`; as many in each slice."""
+        if self.scope != "slice":
+            super()._grow(groups, alive, kept, state)
             return
-        was, now = (count_over_shards(groups, [mask.count_nonzero() for mask in masks]) for masks in (before, kept))
-        taken = was if score is None else now
-        rooms = [each.total - count for each, count in zip(groups, taken, strict=True)]
-        wanted: list[int] | int = [first - left for first, left in zip(was, now, strict=True)]
-        if self.scope == "model":
-            lost = sum(was) - sum(now)
-            wanted = apportion_groups(lost, now, rooms, [1] * len(groups)) if values is None else lost
-        grow(groups, alive, free, rooms, wanted, self.generator if values is None else values)
+        score = self._grow_by()
+        for each, mask, stays in zip(groups, alive, kept, strict=True):
+            free = (mask if score is None else stays) == 0
+            scores = random_scores(each, len(mask), self.generator) if score is None else each.scores(score, state)
+            refuse_nan([each], [scores])
+            missing = self._count(each, mask) - self._count(each, stays)
+            scores.masked_fill_(~free, torch.finfo(scores.dtype).min).masked_fill_(stays != 0, -torch.inf)
+            mask.copy_(stays).sub_(self._choose(each, scores, missing).to(torch.int8))
+
+    def _wanted(self, was: list[int], now: list[int], rooms: list[int]) -> list[int] | int:
+        """See `DropGrow._wanted`."""
+        if self.scope != "model":
+            return super()._wanted(was, now, rooms)
+        lost = sum(was) - sum(now)
+        return lost if self._grow_by() is not None else apportion_groups(lost, now, rooms, [1] * len(was))
 
     def _anew(self, kept: Sequence[Tensor], alive: Sequence[Tensor]) -> list[Change]:
         """The changes to these masks of groups, where all that was not kept begins anew."""

@@ -29,7 +29,6 @@ class RigL(DropGrow):
     skip_step: bool = True
 
     name = "rigl"
-    regrow_dropped = True
 
     def _grow_by(self) -> Score | None:
         """See `DropGrow._grow_by`."""
