@@ -25,7 +25,6 @@ Every finished run is one line of `runs.jsonl`; started again, the command goes 
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import platform
@@ -42,7 +41,7 @@ import gossamer as gs
 from gossamer import data
 from gossamer.recipe import Recipe
 from gossamer.training import train
-from jobs import complete, spread
+from jobs import complete, publish, spread
 from networks import NETWORKS, TITLES
 
 EPOCHS = {"lenet": 12, "cifar_resnet": 20}
@@ -269,19 +268,11 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "activation_sweep")
-    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS), help="only these")
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    wanted = [job for network in arguments.networks for job in jobs(network)]
-    rows = summarize(complete(wanted, arguments.out / "runs.jsonl", arguments.workers, run, key))
-    (arguments.out / "activation_sweep.json").write_text(json.dumps(rows, indent=2) + "\n")
-    text = markdown(rows, "python benchmarks/activation_sweep.py")
-    (arguments.out / "activation_sweep.md").write_text(text)
-    plot(rows, arguments.out / "activation_sweep.png")
-    print(text)
+    def rows(networks: list[str], log: Path, workers: int) -> list[dict[str, Any]]:
+        wanted = [job for network in networks for job in jobs(network)]
+        return summarize(complete(wanted, log, workers, run, key))
+
+    publish(__doc__, "activation_sweep", rows, markdown, plot, list(NETWORKS))
 
 
 if __name__ == "__main__":

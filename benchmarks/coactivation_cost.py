@@ -10,9 +10,7 @@ paired ratios. `peak_mb` is what a single count takes at most, beside input, out
 
 from __future__ import annotations
 
-import argparse
 import json
-import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cost import alternate
+from cost import alternate, publish
 from gossamer.scores import coactivation
 
 BATCH = 128
@@ -118,34 +116,16 @@ def measure(name: str, pairs: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--pairs", type=int, default=40)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "coactivation_cost.json")
-    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    if arguments.peak:
-        print(measure_peak(*arguments.peak))
-        return
+def measure_all(pairs: int) -> dict[str, object]:
     found = {}
     for name in LAYERS:
-        found[name] = measure(name, arguments.pairs)
+        found[name] = measure(name, pairs)
         print(name, json.dumps(found[name], indent=1), flush=True)
-    result = {
-        "command": f"python benchmarks/coactivation_cost.py --threads {arguments.threads} --pairs {arguments.pairs}",
-        "machine": {
-            "cpu": torch.backends.cpu.get_cpu_capability(),
-            "cores": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
-        "layers": found,
-    }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    return {"layers": found}
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--peak"]:
+        print(measure_peak(*sys.argv[2:]))
+    else:
+        publish(__doc__, "coactivation_cost", 40, measure_all)

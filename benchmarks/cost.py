@@ -126,30 +126,36 @@ def mask_update(repeats: int) -> dict[str, dict[str, float]]:
     return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def publish(description: str | None, name: str, pairs: int, measure: Callable[[int], dict[str, object]]) -> None:
+    """The command line of a benchmark of times, which ends with what it measured, as JSON."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--pairs", type=int, default=100)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cost.json")
+    parser.add_argument("--pairs", type=int, default=pairs)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / f"{name}.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     result = {
-        "command": f"python benchmarks/cost.py --threads {arguments.threads} --pairs {arguments.pairs}",
+        "command": f"python benchmarks/{name}.py --threads {arguments.threads} --pairs {arguments.pairs}",
         "machine": {
             "cpu": torch.backends.cpu.get_cpu_capability(),
             "cores": torch.get_num_threads(),
             "python": platform.python_version(),
             "torch": torch.__version__,
         },
-        "mlp_1024_4096_1024_adamw_batch64": mlp_step(arguments.pairs),
-        "wrn_28_2_sgd_batch128": wrn_step(max(5, arguments.pairs // 10)),
-        "update_8.4M_weights_ms": mask_update(max(5, arguments.pairs // 5)),
-    }
+    } | measure(arguments.pairs)
     text = json.dumps(result, indent=2)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(text + "\n")
     print(text)
 
 
+def measure(pairs: int) -> dict[str, object]:
+    return {
+        "mlp_1024_4096_1024_adamw_batch64": mlp_step(pairs),
+        "wrn_28_2_sgd_batch128": wrn_step(max(5, pairs // 10)),
+        "update_8.4M_weights_ms": mask_update(max(5, pairs // 5)),
+    }
+
+
 if __name__ == "__main__":
-    main()
+    publish(__doc__, "cost", 100, measure)

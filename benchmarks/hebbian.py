@@ -23,7 +23,6 @@ Every finished run is one line of `runs.jsonl`; started again, the command goes 
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import time
@@ -39,7 +38,7 @@ from gossamer.recipe import METHODS as RECIPE_METHODS
 from gossamer.recipe import Recipe
 from gossamer.scores import Score
 from gossamer.training import train
-from jobs import complete, mean_error, spread
+from jobs import complete, mean_error, publish, spread
 
 DATA = {"cifar10": "CIFAR-10", "fashion_mnist": "Fashion-MNIST"}
 SPARSITIES = (0.8, 0.95)
@@ -213,17 +212,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "hebbian")
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    rows = summarize(complete(jobs(), arguments.out / "runs.jsonl", arguments.workers, run, key))
-    (arguments.out / "hebbian.json").write_text(json.dumps(rows, indent=2) + "\n")
-    text = markdown(rows, "python benchmarks/hebbian.py")
-    (arguments.out / "hebbian.md").write_text(text)
-    plot(rows, arguments.out / "hebbian.png")
-    print(text)
+    def rows(networks: list[str], log: Path, workers: int) -> list[dict[str, Any]]:
+        return summarize(complete(jobs(), log, workers, run, key))
+
+    publish(__doc__, "hebbian", rows, markdown, plot)
 
 
 if __name__ == "__main__":

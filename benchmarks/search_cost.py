@@ -9,18 +9,14 @@ keeps between steps, beside the weights and the optimizer's state, for each weig
 
 from __future__ import annotations
 
-import argparse
 import gc
-import json
-import platform
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 import gossamer as gs
-from cost import alternate
+from cost import alternate, publish
 from gossamer.zoo import cifar_resnet
 
 METHODS: dict[str, Any] = {
@@ -79,33 +75,16 @@ def extra_bytes(method: gs.Method) -> float:
     return (after - middle - (middle - before) - scores) / total
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--pairs", type=int, default=20)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "search_cost.json")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+def measure(pairs: int) -> dict[str, object]:
     found = {}
     for name, method in METHODS.items():
         extra = extra_bytes(method())
         _, _, dense = make(None)
         _, _, sparse = make(method())
-        found[name] = alternate(dense, sparse, arguments.pairs) | {"extra_bytes_a_weight": round(extra, 2)}
+        found[name] = alternate(dense, sparse, pairs) | {"extra_bytes_a_weight": round(extra, 2)}
         print(name, found[name], flush=True)
-    result = {
-        "command": f"python benchmarks/search_cost.py --threads {arguments.threads} --pairs {arguments.pairs}",
-        "machine": {
-            "cpu": torch.backends.cpu.get_cpu_capability(),
-            "cores": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        },
-        "resnet_20_sgd_batch128": found,
-    }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    return {"resnet_20_sgd_batch128": found}
 
 
 if __name__ == "__main__":
-    main()
+    publish(__doc__, "search_cost", 20, measure)

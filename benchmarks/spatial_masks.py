@@ -12,7 +12,6 @@ Every finished run is one line of `runs.jsonl`; started again, the command goes 
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import statistics
@@ -27,7 +26,7 @@ from gossamer import data
 from gossamer.nn import SparseActivation
 from gossamer.recipe import Recipe
 from gossamer.training import train
-from jobs import complete, spread
+from jobs import complete, publish, spread
 
 KINDS = ("structured", "static", "dynamic")
 SEEDS = {2: (1, 2, 3), 1: (1,), 3: (1,)}
@@ -162,17 +161,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "spatial_masks")
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    rows = summarize(complete(jobs(), arguments.out / "runs.jsonl", arguments.workers, run, key))
-    (arguments.out / "spatial_masks.json").write_text(json.dumps(rows, indent=2) + "\n")
-    text = markdown(rows, "python benchmarks/spatial_masks.py")
-    (arguments.out / "spatial_masks.md").write_text(text)
-    plot(rows, arguments.out / "spatial_masks.png")
-    print(text)
+    def rows(networks: list[str], log: Path, workers: int) -> list[dict[str, Any]]:
+        return summarize(complete(jobs(), log, workers, run, key))
+
+    publish(__doc__, "spatial_masks", rows, markdown, plot)
 
 
 if __name__ == "__main__":

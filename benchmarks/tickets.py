@@ -24,7 +24,6 @@ where it was stopped. It ends with `tickets.md`, `tickets.json` and `tickets.png
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import math
@@ -40,7 +39,7 @@ from gossamer.console import Display
 from gossamer.loop import Run
 from gossamer.recipe import Recipe
 from gossamer.training import train
-from jobs import complete, mean_error, spread
+from jobs import complete, mean_error, publish, spread
 from networks import NETWORKS, TITLES
 
 LENGTH = {"lenet": 12, "cifar_resnet": 25}
@@ -311,18 +310,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "tickets")
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    rows = summarize(*everything(arguments.networks, arguments.out / "runs.jsonl", arguments.workers))
-    (arguments.out / "tickets.json").write_text(json.dumps(rows, indent=2) + "\n")
-    text = markdown(rows, "python benchmarks/tickets.py")
-    (arguments.out / "tickets.md").write_text(text)
-    plot(rows, arguments.out / "tickets.png")
-    print(text)
+    def rows(networks: list[str], log: Path, workers: int) -> list[dict[str, Any]]:
+        return summarize(*everything(networks, log, workers))
+
+    publish(__doc__, "tickets", rows, markdown, plot, list(NETWORKS))
 
 
 if __name__ == "__main__":
