@@ -411,6 +411,55 @@ def test_connections_that_were_never_active_are_ranked_at_random_below_all_other
     assert columns.min() > 0
 
 
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("drop", DROPS)
+@pytest.mark.parametrize("growth", GROWTHS)
+def test_connections_of_equal_strength_stay_and_grow_wherever_they_are(scope: str, drop: str, growth: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(100, 20)
+    nn.init.constant_(layer.bias, 100.0)
+    optimizer = optim.SGD(layer.parameters(), lr=0.0)
+    method = gs.Hebbian(0.8, scope=scope, drop_score=drop, grow_score=growth, every=1, count_every=1, drop_fraction=0.5)
+    sparsity = gs.attach(layer, method, optimizer)
+    for _ in range(6):
+        optimizer.zero_grad()
+        layer(torch.rand(8, 100) + 0.1).square().sum().backward()  # so that all strengths are 1
+        optimizer.step()
+    assert all(each.eq(1).all() for each in sparsity.methods[0].strengths().values())
+    outputs, inputs = sparsity.masks()["weight"].nonzero().double().mean(0).tolist()
+    assert inputs == pytest.approx(49.5, abs=8)  # 400 of them: 5 standard deviations of their mean
+    assert outputs == pytest.approx(9.5, abs=1.5)
+
+
+@pytest.mark.parametrize(
+    "method", [lambda: gs.Hebbian(0.8, scope="slice", seed=0), lambda: gs.Static(structure="2:4", seed=0)]
+)
+def test_first_masks_do_not_follow_weights_that_were_drawn_from_the_same_seed(method: Callable[[], gs.Method]) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(100, 10, bias=False)
+    sparsity = gs.attach(layer, method())
+    assert 0.35 < (layer.weight[sparsity.masks()["weight"]] > 0).double().mean() < 0.65
+
+
+def test_groups_of_connections_that_were_never_active_are_ranked_at_random() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(100, 5)
+    nn.init.constant_(layer.bias, 100.0)
+    optimizer = optim.SGD(layer.parameters(), lr=0.0)
+    method = gs.Hebbian(
+        0.6, structure="column", every=1, count_every=1, drop_fraction=0.9, grow_score="strength", reinitialize=False
+    )
+    sparsity = gs.attach(layer, method, optimizer)
+    x = torch.rand(8, 100) + 0.1
+    x[:, 10:] *= -1
+    for _ in range(6):
+        layer(x).sum().backward()
+        optimizer.step()
+    kept = sparsity.masks()["weight"][0].nonzero().flatten()
+    assert kept[:10].tolist() == list(range(10))
+    assert float(kept[10:].double().mean()) == pytest.approx(54.5, abs=12)  # 30 of 90
+
+
 def test_finalizing_leaves_no_hook_and_the_same_outputs() -> None:
     run = Run().train(7)
     x = batch(99)[0]

@@ -49,9 +49,10 @@ class Hebbian(DropGrow):
 
     The strength of a connection is how often its input and its output were both active, as a fraction of the times
     they could have been, or their correlation (see `gossamer.scores.coactivation` and `correlation`). It is known of
-    pruned connections too; those of strength 0 are ranked at random. Every so often the weakest active ones of a tensor
-    are dropped, and as many grow, which begin anew. Strengths are measured in training, in every forward pass of every
-    `count_every`-th step (and of those before it that were skipped for gradients that are not finite), over all ranks.
+    pruned connections too; those of equal strength are ranked at random. Every so often the weakest active ones of a
+    tensor are dropped, and as many grow, which begin anew. Strengths are measured in training, in every forward pass of
+    every `count_every`-th step (and of those before it that were skipped for gradients that are not finite), over all
+    ranks.
 
     Args:
         drop_score: `"strength"`; `"strength_or_magnitude"`: only what both would drop goes, magnitudes of positive and
@@ -147,17 +148,25 @@ class Hebbian(DropGrow):
 
     def _own_scores(self) -> dict[str, Score]:
         def strength(view: View) -> Tensor:
-            tensor = self._by_name[view.name]
-            whole = self._connections[view.name].strength(self.decay).to(tensor.mask.device)
-            # Connections that were never active may be many. By their index those of a kernel's first row would go on.
-            chance = torch.rand(tensor.shape, generator=self.generator).to(tensor.mask.device)
-            return view.take(rows_like(torch.where(whole == 0, -1e-30 * chance, whole), tensor.parameter)).clone()
+            return self._untied(view, 1.0)
 
         def weighted_magnitude(view: View) -> Tensor:
-            return strength(view).mul_(view.weight.abs())
+            return self._untied(view, view.weight.abs())
 
         strength.signed = weighted_magnitude.signed = self.statistic == "correlation"  # type: ignore[attr-defined]
         return {"strength": strength, "strength_or_magnitude": strength, "weighted_magnitude": weighted_magnitude}
+
+    def _untied(self, view: View, factor: Tensor | float) -> Tensor:
+        """The strengths of a view's connections times a factor, float64; equal ones in random order."""
+        tensor = self._by_name[view.name]
+        device = tensor.mask.device
+        whole = self._connections[view.name].strength(self.decay).to(device)
+        # Two numbers of the generator each, since one each may be those that the weights were drawn from.
+        chance = torch.rand(tensor.shape, generator=self.generator, dtype=torch.float64).to(device)
+        whole, chance = (view.take(rows_like(each.double(), tensor.parameter)) for each in (whole, chance))
+        # Whole layers may tie: counts, where inputs are always active, or never. By their index the first would stay.
+        # The factor is too near 1 to change the order of different strengths, which are of single precision.
+        return whole * factor * (1 + 2**-26 * chance) + 1e-30 * chance
 
     def _drop_by(self) -> Score:
         """See `DropGrow._drop_by`; for "strength_or_magnitude" the strength."""
