@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import warnings
 from fractions import Fraction
@@ -343,6 +344,130 @@ def test_nothing_is_trained_or_updated_within_an_evaluation_under_hard_masks() -
     run.train(range(2, 4))
 
 
+@pytest.mark.parametrize("structure", ["element", "row+column"])
+def test_masks_as_in_the_authors_code_are_scaled_once(structure: str) -> None:
+    layer = nn.Linear(4, 3)
+    weight = layer.weight.detach().clone()
+    gs.attach(
+        layer, gs.ContinuousSparsification(0.3, rounds=1, length=1, scaling="code", structure=structure, penalty=0.0)
+    )
+    for scores in layer.parametrizations.weight[0].scores:
+        scores.data.fill_(0.3)
+    mask = 1 / (1 + math.exp(-0.3))
+    expected = weight if structure == "element" else weight * mask
+    torch.testing.assert_close(layer.weight.detach(), expected)
+
+
+@pytest.mark.parametrize("phase", ["rewind", "update"])
+def test_an_update_that_is_refused_after_the_ticket_leaves_masks_in_force(phase: str) -> None:
+    model = nn.Sequential(*net(), nn.Linear(4, 4))
+    optimizer = optim.SGD(model.parameters(), lr=0.1)
+    methods = [
+        gs.ContinuousSparsification(0.0, 0.0, rounds=1, length=2, targets=["0.*", "3.*"], sparsity=None),
+        gs.RigL(0.5, targets="4.*"),
+    ]
+    sparsity = gs.attach(model, methods, optimizer)
+    for scores in (p for name, p in model.named_parameters() if ".scores." in name):
+        scores.data.view(-1)[::2] = -1.0
+
+    def step(n: int) -> None:
+        x, y = batch(n)
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for n in range(4):
+        step(n)
+    before, masks = sparsity.density(), {name: mask.clone() for name, mask in sparsity.masks().items()}
+    assert before < 1
+    refusal = gs.OrderError if phase == "rewind" else gs.ConfigurationError  # none was asked for; RigL has no gradient
+    with pytest.raises(refusal):
+        sparsity.update(phase)
+    step(4)
+    assert sparsity.density() == before
+    for name, mask in sparsity.masks().items():
+        assert mask.equal(masks[name])
+    for place in (0, 3):
+        weight = model[place].parametrizations.weight.original
+        assert not weight.detach()[~masks[f"{place}.weight"]].any()
+
+
+def test_a_refused_update_before_training_leaves_the_start_open() -> None:
+    model = net()
+    methods = [gs.IMP(0.5, length=5, rounds=1, rewind=0, targets="0.*"), gs.RigL(0.5, targets="3.*")]
+    sparsity = gs.attach(model, methods)
+    with pytest.raises(gs.ConfigurationError, match="no weight has a gradient"):
+        sparsity.update()
+    with torch.no_grad():
+        model[0].weight.fill_(0.5)
+    sparsity.follow(optim.SGD(model.parameters(), lr=0.1))
+    assert (sparsity.methods[0].state_dict()["kept"]["0.weight"] == 0.5).all()
+
+
+def test_a_layer_that_is_frozen_in_the_search_loses_nothing() -> None:
+    for sparsity in (None, 0.5):
+        run = Run(gs.ContinuousSparsification(0.0, 1e-3, rounds=2, length=20, sparsity=sparsity, lr=0.3), scatter=0)
+        run.train(3)
+        run.model[3].requires_grad_(False)
+        with warnings.catch_warnings(action="ignore"):
+            run.train(range(3, 45))
+        assert run.model[3].weight.all()
+        assert not run.model[0].weight.all()
+        if sparsity is not None:
+            assert run.sparsity.density() == sparsity
+
+
+def test_a_layer_that_is_frozen_after_a_round_keeps_what_that_left() -> None:
+    run = Run(gs.ContinuousSparsification(0.0, 0.0, rounds=2, length=5)).train(6)
+    left = run.model[3].weight != 0
+    assert 0 < left.sum() < left.numel()
+    run.model[3].requires_grad_(False)
+    run.train(range(6, 12))
+    assert run.sparsity.masks()["3.weight"].equal(left)
+
+
+def test_steering_goes_on_with_the_layers_that_are_trained() -> None:
+    run = Run(gs.ContinuousSparsification(0.0, rounds=1, length=20, sparsity=0.9, lr=0.3)).train(3)
+    run.model[3].requires_grad_(False)
+    before = run.sparsity.methods[0].metrics()["penalty"]
+    run.train(range(3, 6))
+    assert run.sparsity.methods[0].metrics()["penalty"] != before
+
+
+def test_nothing_is_saved_or_ended_within_an_evaluation_under_hard_masks() -> None:
+    run = Run(gs.ContinuousSparsification(0.0, 0.0, rounds=1, length=10)).train(3)
+    state = run.sparsity.state_dict()
+    with run.sparsity.hardened():
+        for refused in (run.sparsity.state_dict, lambda: run.sparsity.load_state_dict(state), run.sparsity.detach):
+            with pytest.raises(gs.OrderError, match=r"hardened\(\) is in force"):
+                refused()
+    run.train(range(3, 12))
+    assert run.sparsity.density() < 1
+
+
+def test_a_penalty_can_be_compiled_whole() -> None:
+    run = Run(gs.ContinuousSparsification(0.1, 1e-3, rounds=1, length=10))
+    compiled = torch.compile(lambda: run.sparsity.penalty(), fullgraph=True, backend="eager")
+    assert compiled().equal(run.sparsity.penalty())
+
+
+@pytest.mark.parametrize(
+    "method", [gs.ContinuousSparsification(0.1, 1e-3, rounds=1, length=3), gs.HardConcrete(), gs.STR()]
+)
+def test_training_without_the_penalty_in_the_loss_is_a_warning(method: gs.Method) -> None:
+    def train(run: Run) -> None:
+        for step in range(4):
+            x, y = batch(step)
+            nn.functional.cross_entropy(run.model(x), y).backward()
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+        run.sparsity.finalize()
+
+    with pytest.warns(UserWarning, match=r"sparsity\.penalty\(\) was never called") as told:
+        train(Run(method))
+    assert len([each for each in told if "never called" in str(each.message)]) == 1
+
+
 def test_tickets_can_be_taken_and_rewound_by_hand() -> None:
     run = Run(gs.ContinuousSparsification(0.0, 1e-3, 200.0, 3, length=100)).train(2)
     with pytest.raises(gs.OrderError, match=r"rewind: the rewind point has not been reached, and none was asked for"):
@@ -403,12 +528,17 @@ def test_a_ranked_ticket_has_the_highest_scores_and_exactly_the_number_asked(
     with warnings.catch_warnings(action="ignore"):
         handle.finalize()
     budget = math.floor((1 - Fraction(str(sparsity))) * 120)
-    wanted, used = [], 0
+    wanted, used = torch.zeros(len(values), dtype=torch.bool), 0
     for i in values.argsort(descending=True).tolist():
         if used + int(sizes[i]) > budget:
             continue
-        wanted.append(i)
+        wanted[i] = True
         used += int(sizes[i])
+    high, wide = {"element": (1, 1), "row": (1, 0), "block:2x2": (2, 2)}[structure]
+    for mask, lives in zip(handle.masks().values(), wanted.split([len(s.flatten()) for s in scores]), strict=True):
+        side = wide or mask.shape[1]
+        for row, column in itertools.product(*map(range, mask.shape)):
+            assert mask[row, column] == lives[row // high * (mask.shape[1] // side) + column // side]
     assert sum(int(mask.sum()) for mask in handle.masks().values()) == used
 
 
@@ -464,7 +594,7 @@ def test_a_round_that_leaves_too_few_keeps_the_highest_scores_for_the_ticket() -
         scores.data.copy_(-torch.rand(scores.shape, generator=generator))
     values = torch.cat([scores.detach().flatten() for scores in run.scores()])
     with pytest.warns(
-        UserWarning, match=r"ended round 1 with 0\.00% .* 20\.00% are asked for in the end; 20\.00% stay"
+        UserWarning, match=r"ended round 1 of 2 with 0\.00% .* 20\.00% are asked for in the end; 20\.00% stay"
     ):
         run.sparsity.update()
     highest = torch.zeros(120, dtype=torch.bool)
@@ -503,7 +633,7 @@ def test_a_ranked_ticket_goes_on_past_groups_that_do_not_fit() -> None:
     first, second = sparsity.param_groups()[0]["params"]
     first.data.copy_(torch.linspace(0.1, 1, 128))
     second.data.copy_(torch.tensor([2.0, 3.0, 4.0, 5.0]))
-    told = r"steering ended round 1 with 100\.00% .*, where 10\.00% are asked for in the end; 9\.90% stay"
+    told = r"steering ended round 1 of 1 with 100\.00% .*, where 10\.00% are asked for in the end; 9\.90% stay"
     with pytest.warns(UserWarning, match=told):
         sparsity.update("ticket")
     masks = sparsity.masks()
@@ -579,7 +709,7 @@ def test_what_is_told_of_cells_counts_those_that_will_live() -> None:
         ({"initial_value": "0"}, r"initial_value: .*got '0'"),
         ({"rewind": 11}, r"rewind: got step 11, which is never reached in the first round of 10 steps; give at most"),
         ({"rewind": -1}, r"rewind: expected an integer of at least 0, got -1"),
-        ({"every": 11}, r"every: got 11, more than length=10"),
+        ({"every": 10}, r"every: got 10 with length=10: the temperature would not rise within a round; give at most 9"),
         ({"scaling": "none"}, r"scaling: got 'none'; allowed are 'paper' and 'code'"),
         ({"ranking": 1}, r"ranking: expected True or False, got 1"),
         ({"sparsity": 1.0}, r"sparsity: expected a number in \[0, 1\), got 1.0"),

@@ -64,6 +64,34 @@ def test_the_expected_count_is_the_mean_number_of_gates_that_are_not_zero() -> N
     assert chance(scores).sum().item() == pytest.approx(counted.item(), abs=0.02)
 
 
+def test_the_metrics_of_gates_are_their_closed_forms() -> None:
+    model = net()
+    sparsity = gs.attach(model, gs.HardConcrete(0.0), optim.SGD(model.parameters(), lr=0.1))
+    generator = torch.Generator().manual_seed(0)
+    every = []
+    for scores in (p for name, p in model.named_parameters() if ".scores." in name):
+        scores.data.copy_(3 * torch.randn(scores.shape, generator=generator))
+        every += scores.flatten().tolist()
+    metrics = sparsity.methods[0].metrics()
+    chances = [1 / (1 + math.exp(-score + BETA * math.log(-LOW / HIGH))) for score in every]
+    assert metrics["expected_density"] == pytest.approx(sum(chances) / len(every))
+    assert metrics["hard_density"] == pytest.approx(sum(score > -math.log(11) for score in every) / len(every))
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_an_evaluation_under_hard_gates_is_that_of_the_finished_model(train: bool) -> None:
+    model = net()
+    sparsity = gs.attach(model, gs.HardConcrete(1e-3, lr=1.0), optim.SGD(model.parameters(), lr=0.1))
+    model.train(train)
+    model[1].eval()
+    x = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    with sparsity.hardened():
+        expected = model(x)
+    assert model[0].parametrizations.weight[0].training == train
+    sparsity.finalize()
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+
+
 def test_noise_comes_from_the_methods_own_generator_one_draw_a_step() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()

@@ -202,10 +202,11 @@ class Sparsity:
 
     def penalty(self) -> Tensor:
         """Sum of the methods' loss terms for this step, 0-dim; 0 where no method has one, and after the end."""
+        self._hooks.asked = True
         methods = self.methods if self._hooks.attached else ()
-        terms = [term for method in methods if (term := method.loss_term()) is not None]
-        if terms:
-            return torch.stack(terms).sum()
+        terms = [method.loss_term() for method in methods]
+        if found := [term for term in terms if term is not None]:
+            return torch.stack(found).sum()
         device = next((p.device for p in self._model.parameters()), None)
         return torch.zeros((), device=device)
 
@@ -215,10 +216,10 @@ class Sparsity:
     def hardened(self) -> Iterator[None]:
         """Within this, outputs are those that `finalize` would leave now: soft masks and thresholds act as hard ones.
 
-        For an evaluation in the midst of training; nothing has changed afterwards.
+        For an evaluation in the midst of training; nothing has changed afterwards. Save the model outside of it.
 
         Raises:
-            OrderError: It is in force already; steps and updates of masks within it raise one too.
+            OrderError: It is in force already; within it steps, updates, `state_dict` and what ends training raise one.
         """
         self._require_attached()
         self._require_soft()
@@ -353,6 +354,7 @@ class Sparsity:
         A weight that is computed from other numbers keeps its mask.
         """
         self._require_attached()
+        self._require_soft()
         learned = {id(parameter) for group in self.param_groups() for parameter in group["params"]}
         for method in self.methods:
             method.detach()
@@ -370,6 +372,7 @@ class Sparsity:
         self._require_attached()
         self._require_soft()
         self._require_placed()
+        self._hooks.expect_penalty()
         learned = {id(parameter) for group in self.param_groups() for parameter in group["params"]}
         for method in self.methods:
             method.finalize()
@@ -393,6 +396,7 @@ class Sparsity:
 
         The masks of sharded weights are DTensors, sharded alike; the world size may be another when they are loaded.
         """
+        self._require_soft()
         self._require_placed()
         self._hooks.tell()
         return state.save(self.methods, self.step, self._hooks.frozen, self._hooks.second_moment)
@@ -409,6 +413,7 @@ class Sparsity:
             StateError: The state is not of this format, or of other methods, tensors, shapes or budgets.
         """
         self._require_attached()
+        self._require_soft()
         self._require_placed()
         self._reshard()
         state.check(self.methods, saved)

@@ -10,9 +10,9 @@ leave out any of them, so what belongs together cannot be told from how often ea
 
 from __future__ import annotations
 
-import copy
 import itertools
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
@@ -36,6 +36,7 @@ class StepHooks:
         attached: Whether masks are to be kept; `release` ends it.
         frozen: Whether updates that are due are left out.
         hardened: Whether masks are hard for an evaluation, in which no step may be made.
+        asked: Whether the penalty was asked for, or its absence was told.
         second_moment: Where Adam's second moment starts for weights that begin anew.
         callbacks: Called after every update; not part of copies and pickles.
         adopt: Follows an optimizer that steps unfollowed with claimed weights, where that was asked for.
@@ -46,12 +47,14 @@ class StepHooks:
         self.attached = True
         self.frozen = False
         self.hardened = False
+        self.asked = False
         self.callbacks: list[Callable[[MaskUpdate], object]] = []
         self.adopt: Callable[[optim.Optimizer], None] | None = None
         self._model = model
         self._methods = methods
         self.second_moment = second_moment
         self._handles: list[RemovableHandle] = []
+        self._stepped = False  # since it was made, loaded or not
         self._step = 0
         self._told = 0  # the last step that methods were told of
         self._overflows: Tensor | None = None
@@ -130,11 +133,28 @@ class StepHooks:
         self._settle()
         self.frozen = frozen
 
+    def expect_penalty(self) -> None:
+        """Warn, once, where steps were made without the methods' terms of the loss."""
+        if self.asked or not self._stepped:
+            return
+        without = [
+            method.name
+            for method in self._methods
+            if getattr(method, "penalty", None) != 0 and method.loss_term() is not None
+        ]
+        if without:
+            self.asked = True
+            warnings.warn(
+                f"{without[0]}: sparsity.penalty() was never called, and without it in the loss nothing drives what "
+                "is learned towards zeros; train with loss + sparsity.penalty()",
+                stacklevel=3,
+            )
+
     def propose(
         self, due: Sequence[tuple[Method, Callable[..., Proposal]]], step: int, **arguments: Any
     ) -> list[tuple[Method, Proposal]]:
         """Ask methods for new masks; where one fails, the state of all is as before."""
-        before = [copy.deepcopy(method.state_dict()) for method, _ in due]
+        before = [_snapshot(method.state_dict()) for method, _ in due]
         try:
             return [(method, ask(step, self.state_of, **arguments)) for method, ask in due]
         except BaseException:
@@ -278,6 +298,7 @@ class StepHooks:
     def _begin_step(self, optimizer: optim.Optimizer) -> bool:
         """Count the step and make the updates that are due; returns whether the optimizers' step is left out."""
         self._step += 1
+        self._stepped = True
         overflow = getattr(optimizer, "found_inf", None)
         if overflow is not None:
             # A fused optimizer is stepped also where gradients overflowed, and then does nothing. Waiting for that flag
@@ -289,6 +310,7 @@ class StepHooks:
         self._settle()
         if overflow is not None and bool(overflow > 0):
             return False
+        self.expect_penalty()
         due = [(method, method.update) for method in self._methods if method.due(self._step)]
         try:
             proposals = self.propose(due, self._step)
@@ -318,8 +340,8 @@ class StepHooks:
         if not listening or self.step == self._told:  # reading the step waits for the device
             return
         self._told = self.step
-        proposals = [(method, method.after_step(self._told)) for method in listening]
-        self.commit([(method, proposal) for method, proposal in proposals if proposal is not None])
+        for method in listening:
+            method.after_step(self._told)
 
     def _settle(self) -> None:
         if self._overflows is not None:
@@ -339,6 +361,13 @@ class StepHooks:
             self.follow(self.optimizers)
         elif self.attached:
             guard.watch(self)
+
+
+def _snapshot(state: Any) -> Any:
+    """A copy of a state, but for its tensors: methods replace those, and a rewind point is as large as the model."""
+    if isinstance(state, Mapping):
+        return {key: _snapshot(value) for key, value in state.items()}
+    return [_snapshot(value) for value in state] if isinstance(state, list) else state
 
 
 def _is_no_step(optimizer: optim.Optimizer) -> bool:

@@ -8,13 +8,14 @@ parameters and a penalty. Each overrides what it needs; nothing else depends on 
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn, optim
 
+from gossamer.errors import ConfigurationError
 from gossamer.masks import Change, MaskedTensor
 from gossamer.scores import StateOf
 from gossamer.targets import Target
@@ -83,6 +84,14 @@ class Method(ABC):
     learns: ClassVar[bool] = False
     steps: ClassVar[tuple[str, ...]] = ("begin", "end", "every", "until")
 
+    @contextmanager
+    def _naming_itself(self) -> Iterator[None]:
+        """Errors say which method they are about."""
+        try:
+            yield
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{type(self).__name__}: {error}") from None
+
     def bind(self, model: nn.Module, masks: Masks) -> None:
         """Choose and check everything this method will touch, raising ConfigurationError; change nothing."""
 
@@ -148,12 +157,11 @@ class Method(ABC):
         """
         return Proposal([])
 
-    def after_step(self, step: int) -> Proposal | None:
-        """Advance what changes with every step, such as a temperature; may propose masks (a ticket, a rewind).
+    def after_step(self, step: int) -> None:
+        """Advance what changes with every step, such as a temperature.
 
         Called once for each completed step, after all optimizers; `step` counts those completed. It may write weights.
         """
-        return None
 
     def detach(self) -> None:
         """Take hooks off the model and leave it as it is."""

@@ -11,8 +11,6 @@ from gossamer.checks import check_integer
 from gossamer.errors import ConfigurationError, OrderError, StateError
 from gossamer.masks import rows_like
 from gossamer.method import Proposal
-from gossamer.nn.gates import Gates
-from gossamer.nn.lossy import LossySparsifier
 from gossamer.state import saved_name
 from gossamer.targets import local, plain_name
 
@@ -66,9 +64,15 @@ class Rounds:
         """Whether the present round has had its steps before this one, the first of the next."""
         return step > self.began + self.length
 
-    def end(self) -> None:
-        """Take note that the present round is over."""
-        self.done = min(self.done + 1, self.rounds)
+    def end(self, last: bool = False) -> None:
+        """Take note that the present round is over, and whether it was the last, whatever was planned.
+
+        Raises:
+            OrderError: A rewind was asked for, and its point is still to come.
+        """
+        if self.rewind is not None:
+            self._require_kept()
+        self.done = self.rounds if last else min(self.done + 1, self.rounds)
         self.began = self.step
 
     @property
@@ -100,13 +104,7 @@ class Rounds:
             OrderError: Nothing was kept so far.
             StateError: What was kept is of another model.
         """
-        if self.kept is None:
-            raise OrderError(
-                "rewind: the rewind point has not been reached, "
-                + ("and none was asked for" if self.rewind is None else f"it is after step {self.rewind}")
-                + "; train up to it, or keep the present state with sparsity.update('checkpoint')"
-            )
-        kept = _fitting(self.kept, model)
+        kept = _fitting(self._require_kept(), model)
         pairs = [
             (tensor, kept[name])
             for name, tensor in everything(model)
@@ -118,6 +116,15 @@ class Rounds:
                 local(tensor).copy_(rows_like(value, tensor))
 
         return Proposal([], restarted=[each for each, _ in pairs if isinstance(each, nn.Parameter)], write=write)
+
+    def _require_kept(self) -> dict[str, Tensor]:
+        if self.kept is None:
+            raise OrderError(
+                "rewind: the rewind point has not been reached, "
+                + ("and none was asked for" if self.rewind is None else f"it is after step {self.rewind}")
+                + "; train up to it, or keep the present state with sparsity.update('checkpoint')"
+            )
+        return self.kept
 
     def phases(self, model: nn.Module) -> dict[str, Callable[..., Proposal]]:
         """What can be done with the rewind point by hand; see `Method.phases`."""
@@ -157,7 +164,9 @@ class Rounds:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave."""
-        self._from_the_start = False
+        kept, now = state["kept"], self.kept
+        undone = kept is not None and now is not None and all(kept.get(name) is each for name, each in now.items())
+        self._from_the_start = self._from_the_start and undone  # what an update that failed has left
         self.done, self.began, self.step = state["rounds"]
         self.kept = None if state["kept"] is None else dict(state["kept"])
 
@@ -165,18 +174,15 @@ class Rounds:
 def everything(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and buffers of a model that a state of it has, by plain name.
 
-    Without those of learned gates, and the sharpness of thresholds, which follows the steps of the run.
+    Without what a module says is `not_rewound`, such as scores of gates, which go on with the run.
     """
-    modules = dict(model.named_modules())
-    gates = tuple(f"{name}." for name, module in modules.items() if isinstance(module, Gates))
-    sharpness = {f"{name}.a".lstrip(".") for name, module in modules.items() if isinstance(module, LossySparsifier)}
-    transient = {
-        f"{name}.{buffer}".lstrip(".")
-        for name, module in modules.items()
-        for buffer in module._non_persistent_buffers_set
+    apart = {
+        f"{name}.{each}".lstrip(".")
+        for name, module in model.named_modules()
+        for each in (*getattr(module, "not_rewound", ()), *module._non_persistent_buffers_set)
     }
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if not name.startswith(gates) and name not in sharpness and name not in transient:
+        if apart.isdisjoint((name, name.rpartition(".")[0])):
             yield plain_name(name), tensor
 
 
@@ -199,7 +205,8 @@ def _fitting(kept: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
             there = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else f"{value!r:.40}"
             raise StateError(
                 f"{name}: is {tensor.dtype} {tuple(tensor.shape)}, and at the rewind point it was {there}; go on with "
-                "the model that was trained, unchanged, or the file is damaged"
+                "the model that was trained, unchanged; or keep the present one with sparsity.update('checkpoint') "
+                "(of a file: it is damaged)"
             )
         found[name] = value
     return found

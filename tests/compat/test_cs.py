@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import gossamer as gs
 from gossamer.compat import cs
-from gossamer.compat.cs import MaskedNet, SoftMaskedConv2d, SoftMaskedLinear
+from gossamer.compat.cs import MaskedNet, SoftMasked, SoftMaskedConv2d, SoftMaskedLinear
 
 NOT_REWOUND = ("mask_weight", "init_weight", "temp", "_extra_state")
 
@@ -649,3 +649,30 @@ def test_the_published_loop_finds_a_ticket_of_handwritten_digits_and_trains_it()
     assert 0.03 < left[1] <= left[0] < 0.4
     assert left[2] == left[1]
     assert rewound < 0.85 < accuracy()
+
+
+def test_a_layer_of_ones_own_is_written_as_the_package_says() -> None:
+    class Own(SoftMasked, nn.Linear):
+        def forward(self, x: Tensor, temp: float = 1, ticket: bool = False) -> Tensor:
+            self.mask = self.compute_mask(temp, ticket)
+            return nn.functional.linear(x, self.weight * self.mask, self.bias)
+
+    class Net(MaskedNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = Own(3, 2)
+            self.mask_modules = [self.layer]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x, self.temp, self.ticket)
+
+    model = Net()
+    model.temp = 3.0
+    model.layer.mask_weight.data.copy_(torch.tensor([[0.5, -0.5, 0.1], [1.0, 2.0, -3.0]]))
+    x = torch.ones(1, 3)
+    soft = 2 / (1 + torch.exp(-3 * model.layer.mask_weight))
+    torch.testing.assert_close(model(x), nn.functional.linear(x, model.layer.weight * soft, model.layer.bias))
+    torch.testing.assert_close(model.layer.mask, soft)
+    copy.deepcopy(model)
+    with pytest.raises(gs.ConfigurationError, match=r"own ones derive from gossamer\.compat\.cs\.SoftMasked"):
+        model.mask_modules = [nn.Linear(3, 2)]

@@ -29,7 +29,7 @@ IMP = next(row for row in METHODS if row.method is gs.IMP)
 ROUNDS = {
     "imp": lambda **options: gs.IMP(0.75, **{"length": 3, "rounds": 2, "rewind": 1} | options),
     "continuous": lambda **options: gs.ContinuousSparsification(
-        penalty=1e-6, **{"length": 3, "rounds": 2, "rewind": 1} | options
+        penalty=0.0, **{"length": 3, "rounds": 2, "rewind": 1} | options
     ),
 }
 

@@ -15,7 +15,7 @@ from gossamer.checks import check_boolean, check_integer, check_number
 from gossamer.collect import Collected, warn_missed
 from gossamer.errors import ConfigurationError, OrderError
 from gossamer.fold import foldable_relus, turn_into
-from gossamer.method import Masks, Method, Proposal
+from gossamer.method import Masks, Method
 from gossamer.nn.lossy import LossyHardSparsifier, LossySparsifier, hard_threshold, lossy_threshold
 from gossamer.penalties import Penalty, as_penalty
 from gossamer.sites import Site, SiteSelection, see_hooks, select_sites
@@ -188,7 +188,7 @@ class LossyThreshold(Method):
             )
         return torch.stack(terms).sum() / (max(count, 1) if self.normalized else 1) if terms else None
 
-    def after_step(self, step: int) -> Proposal | None:
+    def after_step(self, step: int) -> None:
         """See `Method.after_step`: forgets the passes so far, and sharpens the thresholds."""
         sharpness = self._sharpness(step)
         self._steps += 1
@@ -197,7 +197,6 @@ class LossyThreshold(Method):
             if sharpness != self._told:
                 sparsifier.a.fill_(sharpness)
         self._told = sharpness
-        return None
 
     def detach(self) -> None:
         """See `Method.detach`: takes the thresholds off."""

@@ -26,7 +26,8 @@ __all__ = ["MaskedNet", "SoftMasked", "SoftMaskedConv2d", "SoftMaskedLinear"]
 class SoftMasked(nn.Module):
     """A module whose weight is under a mask that is learned with it: what the ones below share.
 
-    For others derive from it and from a module with a `weight`; `forward` takes `masked_weight(temp, ticket)`.
+    For others derive from it and from a module with a `weight`, as in `class Own(SoftMasked, nn.Conv1d)`; `forward`
+    takes `masked_weight(temp, ticket)`.
 
     Attributes:
         mask_weight: The scores `s` of the mask, a parameter of the weight's shape.
@@ -70,20 +71,24 @@ class SoftMasked(nn.Module):
         """
         if not isinstance(temp, Tensor):  # to look into a tensor would wait for the device
             _check_temperature(temp)
+        if not torch.compiler.is_exporting():
+            # The buffer of a `MaskedNet` itself; nothing with a graph stays here, as it could not be copied.
+            self._last = (temp.detach() if isinstance(temp, Tensor) and temp.requires_grad else temp), ticket
         scores = self.mask_weight
         mask = (scores > 0).to(scores.dtype) if ticket else soft_mask(scores, temp)
         return mask * code_scale(self.mask_initial_value)
 
     @property
     def mask(self) -> Tensor:
-        """The mask with the temperature and the kind of the last forward pass, computed anew, with its gradient."""
+        """What `compute_mask` gave last, computed anew, with its gradient."""
         return self.compute_mask(*self._last)
+
+    @mask.setter
+    def mask(self, computed: Tensor) -> None:
+        """Accepts what a `forward` written for the package assigns, `compute_mask(…)`, which is known already."""
 
     def masked_weight(self, temp: float | Tensor, ticket: bool) -> Tensor:
         """The weight under its mask, which is `mask` from then on; see `compute_mask`."""
-        if not torch.compiler.is_exporting():
-            # The buffer of a `MaskedNet` itself; nothing with a graph stays here, as it could not be copied.
-            self._last = (temp.detach() if isinstance(temp, Tensor) and temp.requires_grad else temp), ticket
         return self.weight * self.compute_mask(temp, ticket)
 
     @torch.no_grad()
@@ -224,7 +229,8 @@ class MaskedNet(nn.Module):
         here = set(self.modules())
         if strange := [each for each in modules if each not in here or not isinstance(each, SoftMasked)]:
             raise ConfigurationError(
-                f"mask_modules: got {strange[0]!r:.80}; expected soft-masked modules of this network"
+                f"mask_modules: got {strange[0]!r:.80}; expected soft-masked modules of this network: own ones derive "
+                "from gossamer.compat.cs.SoftMasked and a module with a weight"
             )
         self._chosen = list(modules)
 

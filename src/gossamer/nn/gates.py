@@ -81,6 +81,8 @@ class Gates(nn.Module):
         scores: What the gates are learned as. Where groups run over several weights, those share the parameter.
     """
 
+    not_rewound = ("scores", "temperature")
+
     def __init__(self, scores: Sequence[nn.Parameter], spreads: Sequence[Callable[[Tensor], Tensor]]) -> None:
         super().__init__()
         self.scores = nn.ParameterList(scores)
@@ -137,15 +139,11 @@ class SoftMask(Gates):
 class HardConcreteGates(Gates):
     """Gates that are 0 or 1 with some probability (Louizos et al., 2018, eq. 10-13): one draw of noise at a time.
 
-    In training `min(1, max(0, (ζ - γ)·σ((L + log α)/β) + γ))` with logistic noise `L`; in evaluation the same with
-    `σ(log α)`. The scores are `log α`.
+    `hard_concrete` of the scores, which are `log α`: in training with noise, in evaluation without.
 
     Attributes:
         noise_0: The noise of the first scores, in their shape; `noise_1` that of the second. Not in the state.
     """
-
-    temperature = 2 / 3
-    stretch = (-0.1, 1.1)
 
     def __init__(self, scores: Sequence[nn.Parameter], spreads: Sequence[Callable[[Tensor], Tensor]]) -> None:
         super().__init__(scores, spreads)
@@ -154,19 +152,21 @@ class HardConcreteGates(Gates):
 
     def gates(self, index: int) -> Tensor:
         """See `Gates.gates`."""
-        scores = self.scores[index]
-        if self.training:
-            open = torch.sigmoid((self.get_buffer(f"noise_{index}") + scores) / self.temperature)
-        else:
-            open = torch.sigmoid(scores)
-        low, high = self.stretch
-        return (open * (high - low) + low).clamp(0.0, 1.0)
+        return hard_concrete(self.scores[index], self.get_buffer(f"noise_{index}") if self.training else None)
+
+
+_TEMPERATURE, _LOW, _HIGH = 2 / 3, -0.1, 1.1  # β, γ and ζ of the paper
+
+
+def hard_concrete(scores: Tensor, noise: Tensor | None = None) -> Tensor:
+    """`min(1, max(0, (ζ - γ)·σ((L + log α)/β) + γ))` for logistic noise `L`, `σ(log α)` without; as `scores`."""
+    open = torch.sigmoid(scores if noise is None else (noise + scores) / _TEMPERATURE)
+    return (open * (_HIGH - _LOW) + _LOW).clamp(0.0, 1.0)
 
 
 def chance(scores: Tensor) -> Tensor:
     """`P(gate > 0) = σ(log α - β·log(-γ/ζ))` of hard-concrete gates (Louizos et al., 2018, eq. 12); as `scores`."""
-    low, high = HardConcreteGates.stretch
-    return torch.sigmoid(scores - HardConcreteGates.temperature * math.log(-low / high))
+    return torch.sigmoid(scores - _TEMPERATURE * math.log(-_LOW / _HIGH))
 
 
 class SoftThreshold(Gates):

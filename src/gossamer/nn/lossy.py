@@ -279,6 +279,8 @@ class LossySparsifier(nn.Module):
 
     a: Tensor
 
+    not_rewound = ("a",)  # it follows the steps of the run
+
     def __init__(
         self, eps: float | Tensor | None = None, a: float = 1.0, *, channels: int | None = None, dim: int = 1
     ) -> None:

@@ -16,7 +16,7 @@ from gossamer.choice import largest_in_cells
 from gossamer.distribution import active_weights
 from gossamer.errors import ConfigurationError, NonFiniteError, StateError
 from gossamer.groups import Groups, Spread
-from gossamer.masks import Change, MaskedTensor, rows_like
+from gossamer.masks import Change, rows_like
 from gossamer.method import Proposal, StateOf
 from gossamer.nn.gates import KEPT, SoftMask, centered_in_cells, code_scale, lasting, soft_mask, suppress
 from gossamer.rewind import Rounds
@@ -29,16 +29,10 @@ HOTTEST = 1e6
 """The highest final temperature: at it a score of 1e-6 is a mask of 0.73, and beyond there is no precision left."""
 
 MEASUREMENTS = 200
-"""How often in a round the density is measured, by which a penalty is steered."""
-
-GAIN = 300.0
-"""The integral part of a penalty's control, over a round that is e-fold off its goal all along."""
+"""How often in a round the density is measured at most, by which a penalty is steered."""
 
 NEAR = 0.005
 """How far steering may end from the density that was asked for, without a warning."""
-
-ARRIVED = 0.6
-"""The part of a round after which a steered density is to be what the round ends with: later few masks move at all."""
 
 
 @dataclass(eq=False)
@@ -107,26 +101,28 @@ class ContinuousSparsification(LearnedMethod):
                 raise ConfigurationError(
                     "penalty: got 0, from where it cannot be steered towards sparsity; leave it out"
                 )
-        Rounds(self.length, self.rounds, self.rewind)
-        if self.every > self.length:
+        if (structure := as_structure(self.structure)).cell is not None and (
+            self.rounds > 1 or self.sparsity is not None
+        ):
             raise ConfigurationError(
-                f"every: got {self.every}, more than length={self.length}: the temperature would never be raised"
+                f"structure {structure} has a number of active weights of its own, which one round reaches; got "
+                f"rounds={self.rounds}, sparsity={self.sparsity}; use rounds=1 without sparsity"
+            )
+        Rounds(self.length, self.rounds, self.rewind)
+        if self.every >= self.length > 1:
+            raise ConfigurationError(
+                f"every: got {self.every} with length={self.length}: the temperature would not rise within a round; "
+                f"give at most {self.length - 1}"
             )
 
     # -- life cycle --------------------------------------------------------------------------------------------------
 
     def _bind(self, model: nn.Module, groups: Sequence[Groups]) -> None:
-        if self.scored[0].cell is not None and (self.rounds > 1 or self.sparsity is not None):
-            raise ConfigurationError(
-                f"structure {as_structure(self.structure)} has a number of active weights of its own, which one round "
-                f"reaches; got rounds={self.rounds}, sparsity={self.sparsity}; use rounds=1 without sparsity"
-            )
         self._rounds = Rounds(self.length, self.rounds, self.rewind)
-        self._told = 1.0
         self._steering = None
         if self.sparsity is not None:
-            self._measured = max(1, self.length // MEASUREMENTS)
-            self._steering = Steering(self.penalty, min(GAIN * self._measured / self.length, GAIN / MEASUREMENTS))
+            self._measured = -(-self.length // MEASUREMENTS)
+            self._steering = Steering(self.penalty)
 
     def install(self) -> None:
         """See `Method.install`."""
@@ -161,7 +157,7 @@ class ContinuousSparsification(LearnedMethod):
 
     def loss_term(self) -> Tensor | None:
         """See `Method.loss_term`: λ times the sum of the masks, counting weights; none of the ticket, and of N:M."""
-        if self.tensors or not self._placed() or self.scored[0].cell is not None:
+        if self.tensors or self.scored[0].cell is not None:
             return None
         mass = self._scale() * self._mass()
         return (self.penalty if self._steering is None else self._steering.strength.to(mass.device)) * mass
@@ -194,16 +190,16 @@ class ContinuousSparsification(LearnedMethod):
 
     def _next_round(self) -> Proposal:
         """Suppress for good what does not live, and begin the next round with the rest."""
-        self._check_rewind()
+        self._rounds.end()
         kept = self._chosen(last=False)
         self._warn_of(kept, last=False)
-        self._rounds.end()
 
         def write() -> None:
             temperature = self._temperature()
             for scored, chosen in zip(self.scored, kept, strict=True):
-                scores, stays = local(scored.scores), rows_like(chosen, scored.scores)
-                scores.copy_(suppress(scores, temperature, self.initial_value, stays))
+                if scored.scores.requires_grad:
+                    scores, stays = local(scored.scores), rows_like(chosen, scored.scores)
+                    scores.copy_(suppress(scores, temperature, self.initial_value, stays))
             self._set_temperature(1.0)
 
         scores = [each.scores for each in self.scored]
@@ -213,24 +209,22 @@ class ContinuousSparsification(LearnedMethod):
         """Make masks hard."""
         if self.tensors:
             return Proposal([])
-        self._check_rewind()
+        self._rounds.end(last=True)
         kept = self._chosen(last=True)
         self._warn_of(kept, last=True)
-        self._rounds.done = self._rounds.rounds - 1
-        self._rounds.end()
-        self.tensors = [MaskedTensor(target, str(as_structure(self.structure))) for target in self._claimed]
+        self.tensors = self._under_masks()
         changes = [Change(tensor, self._mask(tensor.target, kept)) for tensor in self.tensors]
         scores = [each.scores for each in self.scored]
         return Proposal(changes, self._extras(kept), True, scores, lambda: self._write_scores(kept))
 
-    def after_step(self, step: int) -> Proposal | None:
-        """See `Method.after_step`: keeps the rewind point, raises the temperature, steers the penalty."""
+    def after_step(self, step: int) -> None:
+        """See `Method.after_step`: keeps the rewind point, steers the penalty, raises the temperature."""
         self._rounds.reach(step, self._model)
         if not self.tensors:
-            self._set_temperature(self._temperature_at(self._rounds.into))
             if self._steering is not None and self._rounds.into % self._measured == 0:
-                self._steer()
-        return None
+                self._steer()  # by gradients that were taken at this temperature
+            if self._rounds.into % self.every == 0:
+                self._set_temperature(self._temperature_at(self._rounds.into))
 
     def finalize(self) -> None:
         """See `Method.finalize`: the ticket; taken now where the rounds are not over.
@@ -263,7 +257,7 @@ class ContinuousSparsification(LearnedMethod):
     @contextmanager
     def hardened(self) -> Iterator[None]:
         """See `Method.hardened`."""
-        if self.tensors or not self._placed():
+        if self.tensors:
             yield
             return
         kept = self._chosen(last=True)
@@ -322,23 +316,33 @@ class ContinuousSparsification(LearnedMethod):
 
     def settings(self) -> dict[str, Any]:
         """See `Method.settings`."""
-        names = ("initial_value", "penalty", "final_temperature", "rewind", "length", "every", "sparsity", "ranking")
+        names = (
+            "initial_value",
+            "penalty",
+            "final_temperature",
+            "rewind",
+            "length",
+            "every",
+            "sparsity",
+            "ranking",
+            "lr",
+        )
         return {name: getattr(self, name) for name in names}
 
     def state_dict(self) -> dict[str, Any]:
         """See `Method.state_dict`."""
         steering = None if self._steering is None else self._steering.state_dict()
-        return self._rounds.state_dict() | {"hard": bool(self.tensors), "steering": steering}
+        return self._rounds.state_dict() | {"steering": steering}
 
     def check_state(self, state: Mapping[str, Any], masks: Mapping[str, Tensor]) -> None:
         """See `Method.check_state`."""
         self._rounds.check_state(self.name, state, self._model)
-        hard = state.get("hard")
-        if not isinstance(hard, bool) or hard != (state["rounds"][0] == self.rounds):
-            raise StateError(f"{self.name}: the saved masks are hard: {hard!r:.40}; the file is damaged")
-        missing = [target.name for target in self._claimed if target.name not in masks]
-        if hard and missing:
-            raise StateError(f"sparsity state: no mask of {missing[0]}; the file is damaged, use an earlier one")
+        hard = state["rounds"][0] == self.rounds
+        if wrong := next((target.name for target in self._claimed if (target.name in masks) != hard), None):
+            raise StateError(
+                f"sparsity state: {'no' if hard else 'a'} mask of {wrong} after {state['rounds'][0]} of {self.rounds} "
+                "rounds; the file is damaged, use an earlier one"
+            )
         steering = state.get("steering")
         if not (steering is None if self._steering is None else self._steering.check_state(steering)):
             raise StateError(
@@ -349,12 +353,11 @@ class ContinuousSparsification(LearnedMethod):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Method.load_state_dict`: scores and temperature are in the model's own state."""
         self._rounds.load_state_dict(state)
-        self.tensors = []
-        if state["hard"]:
-            self.tensors = [MaskedTensor(target, str(as_structure(self.structure))) for target in self._claimed]
+        hard = self._rounds.done == self.rounds
+        if hard != bool(self.tensors):  # else masks stay in force until others are loaded
+            self.tensors = self._under_masks() if hard else []
         if self._steering is not None:
             self._steering.load_state_dict(state["steering"])
-        self._told = float("nan")  # whatever the model has now, the next step says it again
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
@@ -371,12 +374,10 @@ class ContinuousSparsification(LearnedMethod):
         return gates.temperature
 
     def _set_temperature(self, value: float) -> None:
-        if value != self._told:
-            for target in self._claimed:
-                gates = gates_of(target)
-                assert isinstance(gates, SoftMask)
-                gates.temperature.fill_(value)
-            self._told = value
+        for target in self._claimed:
+            gates = gates_of(target)
+            assert isinstance(gates, SoftMask)
+            gates.temperature.fill_(value)
 
     def _mass(self) -> Tensor:
         """`Σ σ(β·s)`, counting the weights of whole groups; 0-dim."""
@@ -387,13 +388,10 @@ class ContinuousSparsification(LearnedMethod):
         """Steer the penalty by the density there is."""
         assert self.sparsity is not None
         assert self._steering is not None
-        way = min(self._rounds.into / (ARRIVED * self.length), 1.0)
-        goal, final = ((1 - self.sparsity) ** ((self._rounds.done + part) / self.rounds) for part in (way, 1.0))
-        scores = [each.scores for each in self.scored]
-        gradients = [
-            each.grad / part.size for each, part in zip(scores, self.scored, strict=True) if each.grad is not None
-        ]
-        if len(gradients) < len(scores):
+        first, final = ((1 - self.sparsity) ** ((self._rounds.done + part) / self.rounds) for part in (0, 1))
+        trained = [part for part in self.scored if part.scores.requires_grad]
+        gradients = [part.scores.grad / part.size for part in trained if part.scores.grad is not None]
+        if not gradients or len(gradients) < len(trained):
             return
         temperature, scale, strength = self._temperature(), self._scale(), self._steering.strength
 
@@ -401,9 +399,9 @@ class ContinuousSparsification(LearnedMethod):
             mask = torch.sigmoid(temperature * scores)
             return scale * temperature * mask * (1 - mask)
 
-        pull = self._sum(lambda s, gradient: (gradient - strength * slope(s)).abs(), gradients) / self._sum(slope)
-        # Scores begin alike and need time to part: before that a reward would lift them all.
-        self._steering.steer(self._density(), goal, final, rewards=way >= 0.5, pull=pull)
+        pull = self._sum(lambda s, gradient: (gradient - strength * slope(s)).abs(), gradients, of=trained)
+        pull = pull / self._sum(slope, of=trained)
+        self._steering.steer(self._density(), first, final, self._rounds.into / self.length, pull)
 
     def _centered(self, scored: Scored) -> Tensor:
         """Whole scores as the gates have them: those of N:M relative to the others of their cell."""
@@ -412,20 +410,20 @@ class ContinuousSparsification(LearnedMethod):
 
     def _soft_density(self) -> float:
         """The mean of the soft mask over weights; where groups overlap each counts the whole."""
-        temperature = self._temperature()
-        masks = [float(soft_mask(self._centered(each), temperature).sum()) * each.size for each in self.scored]
-        return sum(masks) / self._total()
+        return self._weights([row["mass"] for row in self._learned()]) / self._total()
 
     def _density(self) -> Tensor:
         """The fraction of weights whose group is to live, 0-dim; where groups overlap each counts the whole."""
         if (cell := self.scored[0].cell) is not None:
             return torch.tensor(cell[0] / cell[1])
-        return self._sum(lambda scores: (scores.detach() > 0).double()) / self._total()
+        limits = [torch.full((), each.limit, device=each.scores.device) for each in self.scored]
+        return self._sum(lambda scores, limit: (scores.detach() > limit).double(), limits) / self._total()
 
     def _chosen(self, last: bool) -> list[Tensor]:
         """Which groups live where masks become hard now: bool, in the shape of whole scores.
 
         Those above 0; the highest where a sparsity was asked for and this is the last time, or they are too few for it.
+        Of a layer that is frozen now, all that were not suppressed.
         """
         scores = [whole(each.scores) for each in self.scored]
         for part, each in zip(self.scored, scores, strict=True):
@@ -438,13 +436,17 @@ class ContinuousSparsification(LearnedMethod):
         if (cell := self.scored[0].cell) is not None:
             n = torch.tensor([cell[0]], device=scores[0].device)
             return [largest_in_cells(each, n, cell[1]) for each in scores]
-        above = [each > 0 for each in scores]
+        above = [each > part.limit for part, each in zip(self.scored, scores, strict=True)]
         if self.sparsity is None or not self.ranking:
             return above
         left = active_weights(self.sparsity, self._total())
         if not last and self._weights([int(each.sum()) for each in above]) >= left:
             return above
-        ranked = torch.cat([each.reshape(-1) for each in scores]).sort(descending=True, stable=True).indices
+        firm = [
+            each if part.scores.requires_grad else each.masked_fill(stays, torch.inf)
+            for part, each, stays in zip(self.scored, scores, above, strict=True)
+        ]
+        ranked = torch.cat([each.reshape(-1) for each in firm]).sort(descending=True, stable=True).indices
         sizes = torch.cat([torch.full((part.total,), part.size, device=ranked.device) for part in self.scored])
         order = ranked
         kept = torch.zeros_like(ranked, dtype=torch.bool)
@@ -459,21 +461,18 @@ class ContinuousSparsification(LearnedMethod):
             part.view(each.shape) & (each > -lasting(each.dtype) / 2) for part, each in zip(parts, scores, strict=True)
         ]
 
-    def _check_rewind(self) -> None:
-        """Raise an OrderError where a rewind was asked for, and its point is still to come."""
-        if self.rewind is not None and self._rounds.kept is None:
-            self._rounds.back(self._model)
-
     def _warn_of(self, kept: Sequence[Tensor], last: bool) -> None:
         if self.sparsity is not None:
             found, asked = float(self._density()), 1 - self.sparsity
             if abs(found - asked) > NEAR if last else found < asked - NEAR:
                 stays = self._weights([int(chosen.sum()) for chosen in kept]) / self._total()
                 warnings.warn(
-                    f"{self.name}: steering ended round {self._rounds.done + 1} with {found:.2%} of the weights above "
-                    f"0, where {asked:.2%} are asked for in the end; "
+                    f"{self.name}: steering ended round {self._rounds.done} of {self.rounds} with {found:.2%} of the "
+                    f"weights above 0, where {asked:.2%} are asked for in the end; "
                     + (f"{stays:.2%} stay, those with the highest scores; " if self.ranking else "")
-                    + "give rounds more steps, or scores another lr",
+                    + f"masks are {self._soft_density():.2%} open on average; where that is far off, they were not "
+                    "hard yet, and rounds need more steps; else scores moved too fast (lower their lr: of Adam and the "
+                    "like it is to be a few thousandths) or too slowly",
                     stacklevel=5,
                 )
         for scored, chosen in zip(self.scored, kept, strict=True):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -14,8 +15,7 @@ from gossamer.checks import MAX_SEED, check_integer, check_number
 from gossamer.errors import ConfigurationError
 from gossamer.groups import Groups, Spread
 from gossamer.masks import rows_like
-from gossamer.method import Proposal
-from gossamer.nn.gates import HardConcreteGates, chance
+from gossamer.nn.gates import HardConcreteGates, chance, hard_concrete
 from gossamer.state import check_random
 from gossamer.structure import as_structure
 from gossamer.targets import whole
@@ -80,12 +80,24 @@ class HardConcrete(LearnedMethod):
 
     def loss_term(self) -> Tensor | None:
         """See `Method.loss_term`."""
-        return self.penalty * self._expected() if self._placed() else None
+        return self.penalty * self._expected()
 
-    def after_step(self, step: int) -> Proposal | None:
+    def after_step(self, step: int) -> None:
         """See `Method.after_step`: draws new noise."""
         self._draw()
-        return None
+
+    @contextmanager
+    def hardened(self) -> Iterator[None]:
+        """See `Method.hardened`: gates without noise, also in training."""
+        gates = [gates_of(target) for target in self._claimed]
+        before = [each.training for each in gates]
+        try:
+            for each in gates:
+                each.eval()
+            yield
+        finally:
+            for each, training in zip(gates, before, strict=True):
+                each.train(training)
 
     def finalize(self) -> None:
         """See `Method.finalize`: weights times their gates; exact zeros where those are 0."""
@@ -105,15 +117,15 @@ class HardConcrete(LearnedMethod):
         """See `Method.metrics`: the density in evaluation, and the one that is expected in training."""
         if not self._placed():
             return {}
-        hard = self._weights([int(gates.sum()) for gates in self._open()])
+        rows = self._learned()
         return {
-            "hard_density": hard / self._total(),
-            "expected_density": float(self._expected().detach()) / self._total(),
+            "hard_density": self._weights([row["open"] for row in rows]) / self._total(),
+            "expected_density": self._weights([row["expected"] for row in rows]) / self._total(),
         }
 
     def settings(self) -> dict[str, Any]:
         """See `Method.settings`."""
-        return {"penalty": self.penalty, "drop_rate": self.drop_rate}
+        return {"penalty": self.penalty, "drop_rate": self.drop_rate, "lr": self.lr}
 
     def state_dict(self) -> dict[str, Any]:
         """See `Method.state_dict`: the random state before the present noise was drawn."""
@@ -130,20 +142,14 @@ class HardConcrete(LearnedMethod):
 
     def _draw(self) -> None:
         self._before = self.generator.get_state()
-        if not self._placed():
-            return
         for each in self.scored:
-            u = torch.rand(each.scores.shape, generator=self.generator).clamp_(1e-6, 1 - 1e-6)
-            noise = u.log() - torch.log1p(-u)
-            for target in self._claimed:
-                gates = gates_of(target)
-                for i in (i for i, scores in enumerate(gates.scores) if scores is each.scores):
-                    gates.get_buffer(f"noise_{i}").copy_(noise)
+            noise = torch.rand(each.scores.shape, generator=self.generator).logit_(1e-6)
+            for target, i in each.places:
+                gates_of(target).get_buffer(f"noise_{i}").copy_(noise)
 
     def _expected(self) -> Tensor:
         return self._sum(chance)
 
     def _open(self) -> list[Tensor]:
         """Which gates are not 0 in evaluation, int8, in the shape of whole scores."""
-        low, high = HardConcreteGates.stretch
-        return [(whole(each.scores).sigmoid() * (high - low) + low > 0).to(torch.int8) for each in self.scored]
+        return [(hard_concrete(whole(each.scores)) > 0).to(torch.int8) for each in self.scored]

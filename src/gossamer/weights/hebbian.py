@@ -206,13 +206,12 @@ class Hebbian(DropGrow):
                 owner.register_forward_hook(self._connections[tensor.name], with_kwargs=True)
         self._open()
 
-    def after_step(self, step: int) -> Proposal | None:
+    def after_step(self, step: int) -> None:
         """See `Method.after_step`: takes what this step has measured into the strengths, over all ranks."""
         if self._measures():
             self._collect()
         self._steps = step
         self._open()
-        return None
 
     def detach(self) -> None:
         """See `Method.detach`."""

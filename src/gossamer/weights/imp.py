@@ -94,10 +94,9 @@ class IMP(PruningMethod):
         """See `Method.phases`."""
         return self._rounds.phases(self._model)
 
-    def after_step(self, step: int) -> Proposal | None:
+    def after_step(self, step: int) -> None:
         """See `Method.after_step`: keeps the rewind point."""
         self._rounds.reach(step, self._model)
-        return None
 
     def _left(self, done: int) -> Fraction:
         """The fraction of the way to the sparsity that is left after so many rounds, each of which keeps as much."""

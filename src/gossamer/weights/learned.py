@@ -23,7 +23,7 @@ from gossamer.errors import ConfigurationError
 from gossamer.groups import Groups, Spread
 from gossamer.masks import MaskedTensor, count_active, rows_like
 from gossamer.method import Masks, Method
-from gossamer.nn.gates import Gates
+from gossamer.nn.gates import Gates, lasting
 from gossamer.structure import Element, Structure, as_structure
 from gossamer.targets import Selection, Target, local, select, unshare_class, whole
 
@@ -39,7 +39,7 @@ class Scored:
         cell: N and M, where N of M consecutive groups are to live.
         spreads: How values of the groups act on each weight, by its name.
         elementwise: Whether every element is a group; then scores have the weight's shape.
-        place: A target whose gates hold the scores, and which of its scores they are; known when gates are placed.
+        places: Targets whose gates hold the scores, and which of each's scores they are; known when gates are placed.
     """
 
     name: str
@@ -48,16 +48,20 @@ class Scored:
     cell: tuple[int, int] | None
     spreads: dict[str, Spread]
     elementwise: bool
-    place: tuple[Target, int] | None = None
+    places: list[tuple[Target, int]] = field(default_factory=list)
 
     @property
     def scores(self) -> nn.Parameter:
         """The scores as they are in the model now; of sharded ones the shard."""
-        assert self.place is not None
-        target, index = self.place
+        target, index = self.places[0]
         found = gates_of(target).scores[index]
         assert isinstance(found, nn.Parameter)
         return found
+
+    @property
+    def limit(self) -> float:
+        """Groups with a score above it are to live: 0, and of scores that are frozen what suppressed ones are below."""
+        return 0.0 if self.scores.requires_grad else -lasting(self.scores.dtype) / 2
 
 
 def gates_of(target: Target) -> Gates:
@@ -90,10 +94,8 @@ class LearnedMethod(Method):
     learns = True
 
     def __post_init__(self) -> None:
-        try:
+        with self._naming_itself():
             self._check()
-        except ConfigurationError as error:
-            raise ConfigurationError(f"{type(self).__name__}: {error}") from None
 
     def _check(self) -> None:
         as_structure(self.structure)
@@ -104,7 +106,7 @@ class LearnedMethod(Method):
 
     def bind(self, model: nn.Module, masks: Masks) -> None:
         """See `Method.bind`."""
-        try:
+        with self._naming_itself():
             self._claimed = select(model, self.targets)
             names = {target.name for target in self._claimed}
             if masks == "zeros" or (isinstance(masks, Mapping) and names & set(masks)):
@@ -118,10 +120,8 @@ class LearnedMethod(Method):
                     f"themselves; leave it out with targets=['!{computed}'], or use a method of hard masks"
                 )
             groups = divide(self._claimed, as_structure(self.structure))
-        except ConfigurationError as error:
-            raise ConfigurationError(f"{type(self).__name__}: {error}") from None
-        self.scored = self._divide(groups)
-        self._bind(model, groups)
+            self.scored = self._divide(groups)
+            self._bind(model, groups)
         self._model = model
         self._order = [(owner, list(owner._parameters)) for target in self._claimed for owner, _ in target.places]
 
@@ -145,9 +145,10 @@ class LearnedMethod(Method):
         for scored in self.scored:
             first = next(target for target in self._claimed if target.name in scored.spreads)
             parameter = nn.Parameter(self._first_scores(scored, local(first.parameter)))
-            scored.place = first, len(of_target[first.name])
-            for name in scored.spreads:
-                of_target[name].append((scored, parameter))
+            for target in self._claimed:
+                if target.name in scored.spreads:
+                    scored.places.append((target, len(of_target[target.name])))
+                    of_target[target.name].append((scored, parameter))
         for target in self._claimed:
             parts = of_target[target.name]
             gates = self._gates(
@@ -197,8 +198,7 @@ class LearnedMethod(Method):
     def finalize(self) -> None:
         """See `Method.finalize`: weights are what they were under their gates, with exact zeros."""
         self._last = self.learned()
-        self._write_weights()
-        self._take_off()
+        self.detach()
 
     # -- what it tells -----------------------------------------------------------------------------------------------
 
@@ -224,25 +224,26 @@ class LearnedMethod(Method):
         owner, attribute = self._claimed[0].places[0]
         return parametrize.is_parametrized(owner, attribute)
 
-    def _weights(self, counts: Sequence[int]) -> int:
+    def _weights(self, counts: Sequence[float]) -> float:
         """The weights in so many groups of each division."""
         return sum(n * each.size for n, each in zip(counts, self.scored, strict=True))
 
-    def _sizes(self, sums: Tensor) -> Tensor:
-        """Weights in a whole group of each division."""
-        return torch.tensor([each.size for each in self.scored], dtype=sums.dtype, device=sums.device)
-
-    def _sum(self, function: Callable[..., Tensor], *beside: Sequence[Tensor]) -> Tensor:
+    def _sum(
+        self, function: Callable[..., Tensor], *beside: Sequence[Tensor], of: Sequence[Scored] | None = None
+    ) -> Tensor:
         """A function of the scores, summed over the weights of whole groups, and over all ranks; see `whole_sums`."""
-        sums = whole_sums([each.scores for each in self.scored], function, *beside)
-        return (sums * self._sizes(sums)).sum()
+        parts = self.scored if of is None else of
+        return whole_sums([each.scores for each in parts], function, *beside, sizes=[each.size for each in parts]).sum()
 
     def _total(self) -> int:
-        return self._weights([each.total for each in self.scored])
+        return sum(each.total * each.size for each in self.scored)
+
+    def _under_masks(self) -> list[MaskedTensor]:
+        return [MaskedTensor(target, str(as_structure(self.structure))) for target in self._claimed]
 
     def _put_under_masks(self, masks: Sequence[Tensor]) -> None:
         """Make these the hard masks, each this rank's part of a target's, int8."""
-        self.tensors = [MaskedTensor(target, str(as_structure(self.structure))) for target in self._claimed]
+        self.tensors = self._under_masks()
         for tensor, mask in zip(self.tensors, masks, strict=True):
             tensor.mask.copy_(mask)
         count_active(self.tensors)
@@ -252,15 +253,15 @@ class LearnedMethod(Method):
         pairs = zip(self.scored, values, strict=True)
         return reduce(mul, [each.spreads[target.name](value) for each, value in pairs if target.name in each.spreads])
 
-    def _gated(self, target: Target, weight: Tensor | None = None) -> Tensor:
-        """A whole weight, its own unless another is given, under its gates as they are in evaluation."""
+    def _gated(self, target: Target) -> Tensor:
+        """A whole weight under its gates, as they are in evaluation."""
         gates = gates_of(target)
         own = {name: whole(tensor) for name, tensor in [*gates.named_parameters(), *gates.named_buffers()]}
         training = gates.training
         gates.train(False)
         try:
             with torch.no_grad():
-                found = functional_call(gates, own, (whole(target.parameter) if weight is None else weight,))
+                found = functional_call(gates, own, (whole(target.parameter),))
         finally:
             gates.train(training)
         assert isinstance(found, Tensor)
@@ -285,7 +286,12 @@ class LearnedMethod(Method):
                     owner._init_flat_weights()  # type: ignore[operator]
 
 
-def whole_sums(scores: Sequence[Tensor], function: Callable[..., Tensor], *beside: Sequence[Tensor]) -> Tensor:
+def whole_sums(
+    scores: Sequence[Tensor],
+    function: Callable[..., Tensor],
+    *beside: Sequence[Tensor],
+    sizes: Sequence[int] | None = None,
+) -> Tensor:
     """The sum of a function of every number of each tensor, over all ranks where it is sharded; differentiable.
 
     At most one collective. A gradient stays on the rank that holds the number. Half precision is summed in single.
@@ -294,6 +300,7 @@ def whole_sums(scores: Sequence[Tensor], function: Callable[..., Tensor], *besid
         scores: The tensors.
         function: Applied to each, element by element.
         beside: Further tensors for each, sharded as it is: the function's other arguments.
+        sizes: What the sums are multiplied by.
 
     Returns:
         `(tensors,)`.
@@ -304,7 +311,8 @@ def whole_sums(scores: Sequence[Tensor], function: Callable[..., Tensor], *besid
         for row in zip(scores, *beside, strict=True)
     ]
     wide = [[part.float() if part.element_size() < 4 else part for part in row] for row in parts]
-    sums = torch.stack([function(*row).sum() for row in wide])
+    # Numbers, and not a tensor of them, whose copy to a device would be waited for.
+    sums = torch.stack([n * function(*row).sum() for n, row in zip(sizes or [1] * len(wide), wide, strict=True)])
     if not sharded:
         return sums
     held = torch.tensor([isinstance(each, DTensor) for each in scores], device=sums.device)

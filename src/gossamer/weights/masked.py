@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
 from math import prod
 from typing import Any, ClassVar
@@ -193,14 +192,6 @@ class MaskMethod(Method):
     def _weights(self, counts: Sequence[int]) -> int:
         """The weights in so many groups of each tensor."""
         return sum(count * groups.size for count, groups in zip(counts, self.groups, strict=True))
-
-    @contextmanager
-    def _naming_itself(self) -> Iterator[None]:
-        """Errors say which method they are about."""
-        try:
-            yield
-        except ConfigurationError as error:
-            raise ConfigurationError(f"{type(self).__name__}: {error}") from None
 
     def _scores(self) -> list[Score]:
         """The scores by which groups are ranked."""

@@ -12,6 +12,12 @@ from torch import Tensor
 STRONGEST = 3.0
 """How hard a penalty may pull at scores, where the loss pulls with 1 on average. A reward may pull as hard as that."""
 
+ARRIVED = 0.6
+"""The part of a round after which a density is to be what the round ends with: later few masks move at all."""
+
+INTEGRAL, PROPORTIONAL = 1.5, 25.0
+"""The factors `i` and `p` of a controller, for each measurement."""
+
 SMOOTHING = 0.9
 """How much of the pull of the loss is kept from one measurement to the next."""
 
@@ -19,38 +25,40 @@ SMOOTHING = 0.9
 class Steering:
     """A proportional-integral controller of a penalty's strength λ, which it moves by factors, through 0 if need be.
 
-    With `e = ln(density / goal)`, within ±1, every measurement makes `I ← I + i·e` and `λ = λ₀·sinh(I + p·e)`. So λ
+    The goal goes from the first density of a round to its last one geometrically, over the first 60 % of it. With
+    `e = ln(density / goal)`, within ±1, every measurement makes `I ← I + i·e` and `λ = λ₀·sinh(I + p·e)`. So λ
     grows exponentially while too many weights are left, whatever its right scale is, falls as soon as too few are, and
-    becomes a reward for weights where fewer are left than will be in the end. It stays within `STRONGEST` times the λ
+    becomes a reward for weights where fewer are left than will be in the end. (Not in the first 30 % of a round: scores
+    begin alike and need time to part; a reward would lift them all.) It stays within `STRONGEST` times the λ
     with which the penalty pulls as hard at scores as the loss does, and as a reward within that: beyond, scores would
     run to where masks are so hard that nothing brings them back. Nothing is read back from the device.
 
     Args:
         scale: λ₀, above 0.
-        integral: `i` above, for each measurement.
-        proportional: `p` above.
 
     Attributes:
         strength: λ now, 0-dim.
     """
 
-    def __init__(self, scale: float, integral: float, proportional: float = 25.0) -> None:
-        self._scale, self._i, self._p = scale, integral, proportional
+    def __init__(self, scale: float) -> None:
+        self._scale = scale
         self._level = torch.zeros((), dtype=torch.float64)
         self._pull = torch.full((), torch.nan, dtype=torch.float64)
         self.strength = torch.tensor(scale, dtype=torch.float32)
 
-    def steer(self, density: Tensor, goal: float, final: float, rewards: bool, pull: Tensor) -> None:
+    def steer(self, density: Tensor, first: float, final: float, part: float, pull: Tensor) -> None:
         """Take a measurement into account.
 
         Args:
             density: The density there is, 0-dim.
-            goal: The one that ought to be by now.
-            final: The one that ought to be in the end, at most the goal. Between the two λ falls to 0 and no further.
-            rewards: Whether λ may be below 0 where the density is below `final`.
+            first: The one that the round ought to begin with.
+            final: The one that it ought to end with. Between it and the goal λ falls to 0 and no further.
+            part: How much of the round is over, in [0, 1].
             pull: The λ with which the penalty would pull as hard at scores as the loss does, 0-dim; not finite where
                 that is not known now.
         """
+        way = min(part / ARRIVED, 1.0)
+        goal, rewards = first * (final / first) ** way, way >= 0.5
         density, pull = density.double(), pull.double()
         before = self._pull.to(pull.device)
         mixed = torch.where(before.isnan(), pull, before + (1 - SMOOTHING) * (pull - before))
@@ -60,8 +68,8 @@ class Steering:
         too_few = density < final
         error = (density / torch.where(too_few, final, goal)).log().clamp(-1.0, 1.0)
         lowest = torch.where(too_few & rewards, -torch.asinh(limit), torch.zeros_like(limit))
-        self._level = (self._level.to(density.device) + self._i * error).clamp(min=lowest, max=highest)
-        level = (self._level + self._p * error).clamp(min=lowest, max=highest)
+        self._level = (self._level.to(density.device) + INTEGRAL * error).clamp(min=lowest, max=highest)
+        level = (self._level + PROPORTIONAL * error).clamp(min=lowest, max=highest)
         self.strength = (self._scale * level.sinh()).float()
 
     def state_dict(self) -> dict[str, Any]:

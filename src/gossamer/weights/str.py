@@ -65,8 +65,6 @@ class STR(LearnedMethod):
 
     def loss_term(self) -> Tensor | None:
         """See `Method.loss_term`."""
-        if not self._placed():
-            return None
         return self.penalty / 2 * whole_sums([each.scores for each in self.scored], torch.square).sum()
 
     def finalize(self) -> None:
@@ -85,11 +83,11 @@ class STR(LearnedMethod):
         """See `Method.metrics`: the fraction of weights above their thresholds."""
         if not self._placed():
             return {}
-        return {"hard_density": sum(int(mask.sum()) for _, mask in self._alive()) / self._total()}
+        return {"hard_density": sum(row["above"] for row in self._learned()) / self._total()}
 
     def settings(self) -> dict[str, Any]:
         """See `Method.settings`."""
-        return {"initial_value": self.initial_value, "penalty": self.penalty}
+        return {"initial_value": self.initial_value, "penalty": self.penalty, "lr": self.lr}
 
     def _alive(self) -> list[tuple[Any, Tensor]]:
         """Which weights of every target are not 0, bool, whole."""
