@@ -113,9 +113,9 @@ class Connections:
         """Begin a sum anew with what is measured next, until when it stays; a moving average goes on."""
         self._old = torch.ones_like(self._old)
 
-    def lacks(self) -> Tensor:
-        """Whether nothing was measured since it began anew, bool, 0-dim."""
-        return self._old | (self.samples == 0)
+    def fresh(self) -> Tensor:
+        """Whether anything was measured since it began anew, bool, 0-dim."""
+        return ~self._old & (self.samples > 0)
 
     def strength(self) -> Tensor:
         """The strengths, float32 in the weight's shape: means over all occasions, or moving averages."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial, reduce
-from itertools import chain, compress, zip_longest
+from itertools import compress, zip_longest
 from math import prod
 from operator import or_
 from typing import Any
@@ -52,7 +52,7 @@ class Hebbian(DropGrow):
     pruned connections too; those of equal strength are ranked at random. Every so often the weakest active ones of a
     tensor are dropped, and as many grow, which begin anew. Strengths are measured in training, in every forward pass of
     every `count_every`-th step (and of those before it that were skipped for gradients that are not finite), over all
-    ranks. A layer that was not measured since the last update keeps its mask.
+    ranks. A layer that was not measured since the last update, while others were, keeps its mask.
 
     Args:
         drop_score: `"strength"`; `"strength_or_magnitude"`: only what both would drop goes, magnitudes of positive and
@@ -455,7 +455,7 @@ class Hebbian(DropGrow):
         """See `Method.update`.
 
         Raises:
-            OrderError: No layer was measured since the last update.
+            OrderError: No layer was measured since the last update; of moving averages, ever.
             ConfigurationError: No connection of a layer that was measured has a strength.
         """
         if self._measures():  # the passes of this step count too
@@ -468,21 +468,28 @@ class Hebbian(DropGrow):
         moving, own = super()._moving(), self._own_scores()
         if not any(moving) or (self.drop_score not in own and self.grow_score not in own):
             return moving
-        found = self._connections.values()
-        told = torch.stack([torch.stack([each.lacks(), each.total.any()]) for each in found]).tolist()
-        lacks, reached = (dict(zip(self._connections, each, strict=True)) for each in zip(*told, strict=True))
-        names = [[tensor.name for tensor in groups.tensors] for groups in self.groups]
-        measured = [each and not any(map(lacks.get, some)) for each, some in zip(moving, names, strict=True)]
+
+        def among(names: dict[str, bool]) -> list[bool]:
+            whole = [all(names[tensor.name] for tensor in groups.tensors) for groups in self.groups]
+            return [moves and has for moves, has in zip(moving, whole, strict=True)]
+
+        parts = [(each.fresh(), each.samples > 0, each.total.any()) for each in self._connections.values()]
+        told = torch.stack([torch.stack(each) for each in parts]).t().tolist()
+        fresh, known, reached = (dict(zip(self._connections, each, strict=True)) for each in told)
+        measured = among(fresh)
+        if not any(measured) and self.decay is not None:  # averages go on, and have nothing to wait for
+            measured = among(known)
         if not any(measured):
-            first, end = next(compress(names, moving))[0], self._schedule.end
+            first, end = next(compress(self.groups, moving)).tensors[0].name, self._schedule.end
             raise OrderError(
                 f"{first}: no forward pass in training was measured since the last update, of this or any other "
                 "trained layer, so that connections have no strengths; train some steps first"
                 + ("" if end is None else f", no later than step {end}, the schedule's last: then measuring ends")
             )
-        for name in chain.from_iterable(compress(names, measured)):
-            if not reached[name]:
-                raise ConfigurationError(f"{name}: {self._nothing(self._connections[name])}")
+        for groups in compress(self.groups, measured):
+            for tensor in groups.tensors:
+                if not reached[tensor.name]:
+                    raise ConfigurationError(f"{tensor.name}: {self._nothing(self._connections[tensor.name])}")
         return measured
 
     def _nothing(self, connections: Connections) -> str:
