@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial, reduce
@@ -56,11 +57,13 @@ class Hebbian(DropGrow):
 
     Args:
         drop_score: `"strength"`; `"strength_or_magnitude"`: only what both would drop goes, magnitudes of positive and
-            negative weights being ranked apart; `"weighted_magnitude"`, strength times magnitude; or any other score.
+            negative weights being ranked apart but in slices; `"weighted_magnitude"`, strength times magnitude; or any
+            other score.
         grow_score: `"random"`, `"strength"`, `"gradient"` or any other score. At random, what was just dropped does not
             grow; else it may, and begins anew too.
         scope: What is ranked against each other: `"tensor"`, all weights of each; `"model"`, the weights of all
-            tensors, which may then get more or fewer of them, one at least; `"slice"`, those of each slice of a weight
+            tensors, which may then get more or fewer of them, one at least, coactivations in units of their mean over
+            the tensor; `"slice"`, those of each slice of a weight
             along `prune_dims`, which all have the same number of active ones.
         prune_dims: Dimensions of a weight that slices are taken along; what is ranked are the others. `None` for (0, 1)
             of a convolution, so that a slice is a kernel, and (0,) of a linear layer, all inputs of an output.
@@ -70,7 +73,7 @@ class Hebbian(DropGrow):
         deviations: Likewise.
         activation: Applied to the layer's output before it is measured: `"relu"`, `"sigmoid"`, `"tanh"`, `"gelu"`,
             `"silu"`, or a function of a tensor, which gets a copy; `None` for the output as it is.
-        count_every: Steps of which one is measured, up to the last update; at most those between two updates.
+        count_every: Steps of which one is measured, up to `until`; at most those between two updates.
         decay: Of a moving average over the steps measured, in [0, 1), which updates leave alone; `None` for the sum
             since the last update.
         reinitialize: Whether weights that grow start from `U(-b, b)` with `b = √(6/n)`, n being the inputs of an output
@@ -164,6 +167,9 @@ class Hebbian(DropGrow):
         tensor = self._by_name[view.name]
         device = tensor.mask.device
         whole = self._connections[view.name].strength().to(device)
+        if self.scope == "model" and self.statistic == "coactivation":
+            # Layers differ in how often anything is active at all, which says nothing of single connections.
+            whole = whole / whole.mean().clamp(min=torch.finfo(whole.dtype).tiny)
         # Two numbers of the generator each, since one each may be those that the weights were drawn from.
         chance = torch.rand(tensor.shape, generator=self.generator, dtype=torch.float64).to(device)
         whole, chance = (view.take(rows_like(each.double(), tensor.parameter)) for each in (whole, chance))
@@ -455,7 +461,7 @@ class Hebbian(DropGrow):
         """See `Method.update`.
 
         Raises:
-            OrderError: No layer was measured since the last update; of moving averages, ever.
+            OrderError: No layer was measured yet.
             ConfigurationError: No connection of a layer that was measured has a strength.
         """
         if self._measures():  # the passes of this step count too
@@ -466,7 +472,8 @@ class Hebbian(DropGrow):
     def _moving(self) -> list[bool]:
         """See `DropGrow._moving`; a layer that was not measured since the last update keeps its mask."""
         moving, own = super()._moving(), self._own_scores()
-        if not any(moving) or (self.drop_score not in own and self.grow_score not in own):
+        asked = [score for score in (self.drop_score, self.grow_score) if isinstance(score, str)]
+        if not any(moving) or not any(score in own for score in asked):
             return moving
 
         def among(names: dict[str, bool]) -> list[bool]:
@@ -476,16 +483,22 @@ class Hebbian(DropGrow):
         parts = [(each.fresh(), each.samples > 0, each.total.any()) for each in self._connections.values()]
         told = torch.stack([torch.stack(each) for each in parts]).t().tolist()
         fresh, known, reached = (dict(zip(self._connections, each, strict=True)) for each in told)
-        measured = among(fresh)
-        if not any(measured) and self.decay is not None:  # averages go on, and have nothing to wait for
-            measured = among(known)
-        if not any(measured):
-            first, end = next(compress(self.groups, moving)).tensors[0].name, self._schedule.end
+        measured, ever = among(fresh), among(known)
+        if not any(ever):
             raise OrderError(
-                f"{first}: no forward pass in training was measured since the last update, of this or any other "
-                "trained layer, so that connections have no strengths; train some steps first"
-                + ("" if end is None else f", no later than step {end}, the schedule's last: then measuring ends")
+                f"{next(compress(self.groups, moving)).tensors[0].name}: no forward pass in training was measured, of "
+                "this or any other trained layer, so that connections have no strengths; train some steps first"
             )
+        if not any(measured):  # soon after another update: strengths are what they were
+            measured = ever
+        for groups, moves, has in zip(self.groups, moving, ever, strict=True):
+            if moves and not has:
+                warnings.warn(
+                    f"{groups.name}: no forward pass went through its layer so far, so that its mask stays; where its "
+                    "weight is used by other means it cannot be measured, and is best left out with "
+                    f"targets=['!{groups.name}']",
+                    stacklevel=2,
+                )
         for groups in compress(self.groups, measured):
             for tensor in groups.tensors:
                 if not reached[tensor.name]:
@@ -512,7 +525,7 @@ class Hebbian(DropGrow):
         if self.drop_score != "strength_or_magnitude":
             return stay
         parts = [alive]
-        if isinstance(as_structure(self.structure), Element):
+        if self.scope != "slice" and isinstance(as_structure(self.structure), Element):  # of few, a part of none goes
             below = [each.scores(_weight, state) < 0 for each in groups]
             parts = [[mask * part for mask, part in zip(alive, below, strict=True)]]
             parts.append([mask * ~part for mask, part in zip(alive, below, strict=True)])
@@ -531,7 +544,10 @@ class Hebbian(DropGrow):
                 scores = each.scores(score, state)
                 refuse_nan([each], [scores])
                 counts = self._count(each, mask)
-                counts -= portion(fraction, counts)
+                drops = portion(fraction, counts)
+                if self._grow_by() is None:  # what was just dropped does not grow
+                    drops = torch.minimum(drops, self._slice_size(each.tensors[0]) - counts)
+                counts -= drops
                 mask.copy_(self._choose(each, scores.masked_fill_(mask == 0, -torch.inf), counts)).neg_()
         else:
             active = self._counts(groups, alive)
