@@ -296,11 +296,13 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         dense = statistics.mean(mine[0]["dense"])
         axis.axhline(dense, color="black", linestyle=":", linewidth=1.2, label="dense")
         for name, (color, marker, label) in styles.items():
-            shown = [row for row in mine if row[name]]
+            if not (shown := [row for row in mine if row[name]]):
+                continue
             for row in shown:
                 axis.plot(row["density"][: len(row[name])], row[name], marker, color=color, alpha=0.35, markersize=4)
             places = [statistics.mean(row["density"]) for row in shown]
             axis.plot(places, [statistics.mean(row[name]) for row in shown], marker=marker, color=color, label=label)
+        axis.set_xlim(left=0, right=1.15 * max(max(row["density"]) for row in mine))
         axis.set_xlabel("weights left, %")
         axis.set_ylabel("test accuracy, %")
         axis.set_title(TITLES[network])
