@@ -31,6 +31,9 @@ class Encoding(ABC):
     kind: ClassVar[str]
     parts: ClassVar[tuple[str, ...]]
 
+    def __str__(self) -> str:
+        return self.kind
+
     @abstractmethod
     def check(self, shape: tuple[int, ...]) -> None:
         """Raise a StateError unless a tensor of this shape can be encoded so."""
@@ -88,6 +91,9 @@ class Tiled(Encoding):
 
     tile: tuple[int, int, int]
     kept: int
+
+    def __str__(self) -> str:
+        return self.kind if self.tile == (1, 1, 1) else f"{self.kind} of {'×'.join(map(str, self.tile))}"
 
     def check(self, shape: tuple[int, ...]) -> None:
         """See `Encoding.check`."""
@@ -243,6 +249,9 @@ class Cells(Encoding):
     n: int
     m: int
     dim: int
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.n}:{self.m}"
 
     def check(self, shape: tuple[int, ...]) -> None:
         """See `Encoding.check`."""

@@ -218,7 +218,7 @@ class _Entry:
         """The numbers, in memory of their own."""
         parts["values"] = parts["values"].view(f"u{self.form.itemsize}")
         bits = self.encoding.decode(parts, self.form.shape)
-        if self.digest not in (None, _digest(self.name, self.form, bits)):
+        if self.digest is not None and self.digest != _digest(self.name, self.form, bits):
             raise StateError("its numbers do not fit their checksum")
         if self.form.dtype == "BOOL" and bits.max(initial=0) > 1:
             raise StateError("a bool that is neither 0 nor 1")
