@@ -226,3 +226,15 @@ def test_inspect_of_another_safetensors_file_counts_its_zeros(tmp_path):
     save_file({"a": torch.tensor([0.0, -0.0, 1.0, 0.0])}, tmp_path / "f")
     (row,) = inspect(tmp_path / "f").rows
     assert (row["encoding"], row["density"], row["part"]) == ("dense", 0.5, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_inspect_says_how_many_numbers_are_negative_zeros(tmp_path, dtype):
+    weight = torch.randn(64, 64, dtype=dtype)
+    gs.save({"a": weight * (torch.rand(64, 64) < 0.1)}, tmp_path / "masked")
+    count = inspect(tmp_path / "masked").totals["negative_zeros"]
+    assert 1000 < count < 2600
+    assert f"{count:,} numbers are −0.0" in run("inspect", tmp_path / "masked").stdout
+    gs.save({"a": gs.load(tmp_path / "masked")["a"] + 0.0, "b": torch.tensor([-(2**31)]).int()}, tmp_path / "added")
+    assert inspect(tmp_path / "added").totals["negative_zeros"] == 0
+    assert "−0.0" not in run("inspect", tmp_path / "added").stdout

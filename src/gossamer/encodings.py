@@ -272,7 +272,9 @@ class Cells(Encoding):
             lacking = self.n - kept.sum(1, dtype=np.int16)
             kept |= np.cumsum(~kept, 1, dtype=np.int16) <= lacking[:, None]
         places = np.flatnonzero(kept)
-        return {"values": cells.reshape(-1)[places], "places": pack_numbers(places % self.m, self._width)}
+        values = cells.reshape(-1)[places]
+        np.remainder(places, self.m, out=places)
+        return {"values": values, "places": pack_numbers(places.astype(np.uint8), self._width)}
 
     def decode(self, parts: Mapping[str, Bits], shape: tuple[int, ...]) -> Bits:
         """See `Encoding.decode`."""

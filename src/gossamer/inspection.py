@@ -23,7 +23,7 @@ class Inspection:
         rows: For each tensor `name`, `shape`, `dtype`, `encoding`, `density` (numbers that are not +0.0, of all),
             `bytes` that encode it, and `part`, these of those it has in memory. For a tied name, which costs nothing,
             `encoding` says with which.
-        totals: `density` over all tensors, each once; `dense_bytes`, what they have in memory; `bytes` of the whole
+        totals: `density` over all tensors, each once; `negative_zeros`, how many numbers are −0.0, which is a value; `dense_bytes`, what they have in memory; `bytes` of the whole
             file, header included; `part`, these of those.
     """
 
@@ -49,6 +49,11 @@ class Inspection:
             shape = "×".join(map(str, row["shape"])) or "one number"
             numbers = f"{row['density']:.4f}", f"{row['bytes']:,}", f"{row['part']:.4f}"
             table.add_row(escape(name), shape, row["dtype"], escape(row["encoding"]), *numbers)
+        if totals["negative_zeros"]:
+            table.caption = (
+                f"{totals['negative_zeros']:,} numbers are −0.0, as where weights were multiplied by a mask, and take the "
+                "room of a value; adding 0.0 to the weights makes them zeros"
+            )
         return table
 
 
@@ -58,14 +63,17 @@ def inspect(path: str | Path) -> Inspection:
     Raises:
         StateError: The file is missing or damaged.
     """
-    rows, count, nonzero, dense = [], 0, 0, 0
+    rows, count, nonzero, negative, dense = [], 0, 0, 0, 0
     with File(path) as file:
         densities: dict[str, float] = {}
         for name in file:
             form, tied = file.form(name), file.tied.get(name)
             encoding, size = file.encoding(name), 0
             if tied is None:
-                found = int(np.count_nonzero(bits_of(file[name])))
+                bits = bits_of(file[name])
+                found = int(np.count_nonzero(bits))
+                if form.dtype in ("F64", "F32", "F16", "BF16"):
+                    negative += int(np.count_nonzero(bits == 1 << 8 * form.itemsize - 1))
                 count, nonzero, dense = count + prod(form.shape), nonzero + found, dense + form.nbytes
                 densities[name] = found / prod(form.shape) if form.nbytes else 1.0
                 size = encoding.size(form.shape, form.itemsize)
@@ -82,6 +90,7 @@ def inspect(path: str | Path) -> Inspection:
             )
         totals = {
             "density": nonzero / count if count else 1.0,
+            "negative_zeros": negative,
             "bytes": file.nbytes,
             "dense_bytes": dense,
             "part": file.nbytes / dense if dense else 1.0,

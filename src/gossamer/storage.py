@@ -26,7 +26,8 @@ def save(model: nn.Module | Mapping[str, Tensor], path: str | Path) -> None:
 
     The zeros may come from anywhere: only the numbers count. Every bit comes back. Tensors that are one (tied weights)
     are written once; buffers are state, those that are not persistent are not. Names go without what `torch.compile`,
-    DDP, FSDP and activation checkpointing put before them. Beside the model this needs the memory of about one tensor.
+    DDP, FSDP and activation checkpointing put before them. Beside the model this needs up to three times the memory of
+    its largest tensor.
 
     Args:
         model: The model, or tensors by name.
