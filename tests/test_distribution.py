@@ -47,7 +47,10 @@ def test_active_weights_are_the_most_that_the_decimal_sparsity_allows(sparsity, 
     assert total - active - 1 < zeros
 
 
-@pytest.mark.parametrize(("sparsity", "total", "active"), [(0.9, 10, 1), (0.95, 100, 5), (0.98, 50, 1), (0.7, 10, 3)])
+@pytest.mark.parametrize(
+    ("sparsity", "total", "active"),
+    [(0.9, 10, 1), (0.95, 100, 5), (0.98, 50, 1), (0.7, 10, 3), (1 - 2 / 9, 9, 2), (1 - 3 / 7, 7, 3), (0.7779, 9, 1)],
+)
 def test_sparsity_is_the_decimal_that_was_written(sparsity, total, active):
     assert active_weights(sparsity, total) == active  # (1 - 0.9) · 10 is 0.99999… in floating point
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+import gossamer
 from gossamer import attach, zoo
 from gossamer.recipe import load_recipe
 from gossamer.source import Source
@@ -69,6 +70,20 @@ def test_options_of_the_old_wide_network_give_its_budget():
     totals = sparsity.summary().totals
     # 1,467,610 parameters, a tenth of which are left; 16,090 of them stay dense.
     assert (totals["targets_active"], totals["all_nonzero"]) == (130_671, 146_761)
+
+
+def test_the_hebbian_notebooks_layer_in_gossamers_own_words_runs():
+    (line,) = re.findall(
+        r"`(gs\.attach\(model, gs\.Hebbian\(.*?, optimizer\))`", (ROOT / "docs/from-the-seeds.md").read_text()
+    )
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 6, 5))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
+    sparsity = eval(line, {"gs": gossamer, "model": model, "optimizer": optimizer})
+    model(torch.randn(4, 3, 32, 32)).square().mean().backward()
+    optimizer.step()
+    (update,) = sparsity.update()
+    assert sparsity.masks()["0.weight"].sum((2, 3)).eq(3).all()  # k2, of which k1 stay
+    assert update.rows[0]["pruned"] <= 18
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -137,6 +137,8 @@ def test_what_cannot_be_shown_is_refused():
         ConfigurationError, match=r"conv\.weight: the snapshot of step 0 .* did you mean 'conv1\.weight'"
     ):
         filters_figure(taken, "conv.weight")
+    with pytest.raises(ConfigurationError, match=r"bias: has shape \(4,\); filters are of weights \(filters, inputs"):
+        filters_figure(snapshots(4, name="bias"), "bias")
     taken[1][2]["conv1.weight"] = torch.ones(2, 2, 3)
     with pytest.raises(ConfigurationError, match=r"conv1\.weight: the snapshot of step 10 has no strengths and mask"):
         filters_figure(taken, "conv1.weight")

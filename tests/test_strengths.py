@@ -185,6 +185,26 @@ def test_an_image_without_a_batch_is_one_sample() -> None:
     assert occasions(x, y, layer) == 25
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(3, 2), (0, 3)),
+        (nn.Linear(3, 2), (4, 0, 3)),
+        (nn.Conv2d(2, 4, 3, groups=2), (0, 2, 5, 5)),
+        (nn.ConvTranspose1d(2, 4, 3, groups=2), (0, 2, 5)),
+    ],
+)
+def test_without_samples_all_strengths_are_zero(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    x = torch.zeros(shape)
+    y = layer(x).detach()
+    expected = torch.zeros(layer.weight.shape)
+    for options in ({}, {"deviations": 1.0}):
+        assert coactivation(x, y, layer, **options).equal(expected)
+    for absolute in (False, True):
+        assert correlation(x, y, layer, absolute=absolute).equal(expected)
+    assert occasions(x, y, layer) == 0
+
+
 def test_many_positions_are_worked_on_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x = nn.Conv2d(2, 3, 3), torch.randn(6, 2, 8, 8)
     y = layer(x).detach()

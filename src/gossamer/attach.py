@@ -271,6 +271,7 @@ class Sparsity:
                 inspect.signature(ask).bind(self.step, self._hooks.state_of, **arguments)
             except TypeError as error:
                 raise ConfigurationError(f"update: phase {phase!r} of {method.name}: {error}") from None
+        self._hooks.expect_penalty([method for method, _ in asked])
         return self._hooks.commit(self._hooks.propose(asked, self.step, **arguments))
 
     def freeze(self, frozen: bool = True) -> None:
@@ -355,6 +356,7 @@ class Sparsity:
         """
         self._require_attached()
         self._require_soft()
+        self._hooks.expect_penalty(self.methods)
         learned = {id(parameter) for group in self.param_groups() for parameter in group["params"]}
         for method in self.methods:
             method.detach()
@@ -372,7 +374,7 @@ class Sparsity:
         self._require_attached()
         self._require_soft()
         self._require_placed()
-        self._hooks.expect_penalty()
+        self._hooks.expect_penalty(self.methods)
         learned = {id(parameter) for group in self.param_groups() for parameter in group["params"]}
         for method in self.methods:
             method.finalize()

@@ -24,7 +24,8 @@ class Connections:
         shape: Its global shape.
         statistic: What is measured of a forward pass.
         mean: Whether that is a mean over samples and positions, and not a sum.
-        activation: Applied to the output before; `None` for nothing.
+        activation: Applied to a copy of the output before; `None` for nothing.
+        decay: Of a moving average over the steps measured; `None` for sums since it began anew.
 
     Attributes:
         total: What was measured since it began anew, summed, or the moving average; float32 in the weight's shape.
@@ -38,33 +39,48 @@ class Connections:
         statistic: Statistic,
         mean: bool,
         activation: Callable[[Tensor], Tensor] | None,
+        decay: float | None,
     ) -> None:
         self.name = name
         self.shape = shape
         self._statistic = statistic
         self._mean = mean
         self._activation = activation
+        self._decay = decay
         self._open = False
         self._sum = self._count = torch.zeros(())
         self.total, self.samples = torch.zeros(shape), torch.zeros(())
-        self._old = torch.zeros((), dtype=torch.bool)  # whether what is measured next begins the sum anew
+        self._old = torch.zeros((), dtype=torch.bool)  # whether nothing was measured since it began anew
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
-        """Measure a forward pass."""
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        """Measure a forward pass.
+
+        Raises:
+            ConfigurationError: What went in or came out is no tensor, or does not belong to the layer.
+        """
         if not self._open or not module.training or recomputing():
             return
-        input = args[0] if args else next(iter(named.values()))
+        input = named.get("input", next(iter((*args, *named.values())), None))
+        leave = f"leave it out with targets=['!{self.name}']"
+        x, y = self._tensor(input, "the layer's input", leave), self._tensor(output, "the layer's output", leave)
+        if not (count := occasions(x, y, module)):
+            return
         if self._sum.device != output.device:  # the model was moved since
             self._sum, self._count = self._sum.to(output.device), self._count.to(output.device)
         with torch.no_grad():
-            y = output.detach() if self._activation is None else self._activation(output.detach())
+            if self._activation is not None:  # which may work in place
+                y = self._tensor(self._activation(y.clone()), "what `activation` gives", "let it return a tensor")
             try:
-                found = self._statistic(input.detach(), y, module)
-                count = occasions(input, y, module)
+                found = self._statistic(x, y, module)
             except ConfigurationError as error:
                 raise ConfigurationError(f"{self.name}: {error}") from None
             self._sum.add_(found, alpha=count if self._mean else 1)
             self._count.add_(count)
+
+    def _tensor(self, value: Any, what: str, remedy: str) -> Tensor:
+        if not isinstance(value, Tensor):
+            raise ConfigurationError(f"{self.name}: {what} is a {type(value).__name__}, expected a tensor; {remedy}")
+        return value.detach()
 
     def open(self, whether: bool, device: torch.device) -> None:
         """Measure the forward passes of the coming step, or leave them."""
@@ -77,34 +93,33 @@ class Connections:
         self._open = False
         return [self._sum, self._count]
 
-    def collect(self, decay: float | None) -> None:
+    def collect(self) -> None:
         """Take the last step that was measured into the strengths: into a sum, or a moving average."""
         ran = self._count > 0
         self._move(self._sum.device)
-        if decay is None:
+        if self._decay is None:
             keep = ~(self._old & ran)
             self.total = self.total * keep + self._sum
             self.samples = self.samples * keep + self._count
-            self._old = self._old & ~ran
         else:
             mean = self._sum / self._count.clamp(min=1)
-            average = torch.where(self.samples > 0, decay * self.total + (1 - decay) * mean, mean)
+            average = torch.where(self.samples > 0, self._decay * self.total + (1 - self._decay) * mean, mean)
             self.total = torch.where(ran, average, self.total)
             self.samples = self.samples + self._count
+        self._old = self._old & ~ran
         self._sum = self._count = torch.zeros((), device=self._sum.device)
 
-    def begin_anew(self, decay: float | None) -> None:
+    def begin_anew(self) -> None:
         """Begin a sum anew with what is measured next, until when it stays; a moving average goes on."""
-        if decay is None:
-            self._old = torch.ones_like(self._old)
+        self._old = torch.ones_like(self._old)
 
-    def lacks(self) -> Tensor:
-        """Whether nothing was measured since it began anew, bool, 0-dim."""
-        return self._old | (self.samples == 0)
+    def fresh(self) -> Tensor:
+        """Whether anything was measured since it began anew, bool, 0-dim."""
+        return ~self._old & (self.samples > 0)
 
-    def strength(self, decay: float | None) -> Tensor:
+    def strength(self) -> Tensor:
         """The strengths, float32 in the weight's shape: means over all occasions, or moving averages."""
-        return self.total / self.samples.clamp(min=1) if decay is None else self.total
+        return self.total / self.samples.clamp(min=1) if self._decay is None else self.total
 
     def state_dict(self) -> dict[str, Tensor]:
         """What it has come to."""
@@ -115,10 +130,12 @@ class Connections:
         if not isinstance(state, Mapping) or not all(isinstance(each, Tensor) for each in state.values()):
             return False
         own = self.state_dict()
-        return own.keys() == state.keys() and all(
+        alike = own.keys() == state.keys() and all(
             state[key].shape == each.shape and state[key].dtype == each.dtype and bool(state[key].isfinite().all())
             for key, each in own.items()
         )
+        counts = ("samples",) if self._mean else ("samples", "total")
+        return alike and not any((state[key] < 0).any() for key in counts)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore what `state_dict` gave."""

@@ -55,13 +55,14 @@ class Share(Protocol):
 def active_weights(sparsity: float, total: int) -> int:
     """The largest number of active weights whose sparsity among `total` is not below `sparsity`.
 
-    The sparsity is taken as the decimal number that was written, so that 0.9 of 10 leaves 1.
+    The sparsity is taken as the decimal number that was written, so that 0.9 of 10 leaves 1; a billionth of a weight is
+    forgiven, so that `1 - 2/9` of 9, which is a little more in floating point, leaves 2.
 
     Raises:
         ConfigurationError: A sparsity outside [0, 1).
     """
     check_number("sparsity", sparsity, 0, 1, open_high=True)
-    return floor((1 - Fraction(str(sparsity))) * total)
+    return floor((1 - Fraction(str(sparsity))) * total + Fraction(1, 10**9))
 
 
 def budget(sparsity: float, shares: Sequence[Share], dense: int, over: str) -> int:

@@ -47,7 +47,8 @@ def filters_figure(snapshots: Sequence[Snapshot], name: str) -> Figure:
         name: Name of the weight, `(filters, inputs, …)`.
 
     Raises:
-        ConfigurationError: No snapshots, or this weight is not in them; or matplotlib is not installed.
+        ConfigurationError: No snapshots; this weight is not in them, or has one dimension; or matplotlib is not
+            installed.
     """
     if not snapshots:
         raise ConfigurationError(f"{name}: there are no snapshots; train until masks are updated, or take one by hand")
@@ -56,6 +57,10 @@ def filters_figure(snapshots: Sequence[Snapshot], name: str) -> Figure:
             raise ConfigurationError(
                 f"{name}: the snapshot of step {step} has no strengths and mask of it, both in its shape"
                 f"{closest(name, strengths.keys() & masks.keys())}"
+            )
+        if strengths[name].dim() < 2:
+            raise ConfigurationError(
+                f"{name}: has shape {tuple(strengths[name].shape)}; filters are of weights (filters, inputs, …)"
             )
     places = np.linspace(0, len(snapshots) - 1, min(_SNAPSHOTS, len(snapshots))).round().astype(int)
     shown = [(step, strengths[name], masks[name]) for step, strengths, masks in (snapshots[i] for i in places)]

@@ -133,16 +133,10 @@ class StepHooks:
         self._settle()
         self.frozen = frozen
 
-    def expect_penalty(self) -> None:
-        """Warn, once, where steps were made without the methods' terms of the loss."""
-        if self.asked or not self._stepped:
-            return
-        without = [
-            method.name
-            for method in self._methods
-            if getattr(method, "penalty", None) != 0 and method.loss_term() is not None
-        ]
-        if without:
+    def expect_penalty(self, methods: Sequence[Method]) -> None:
+        """Warn, once, where steps were made without these methods' terms of the loss."""
+        without = [method.name for method in methods if method.penalized]
+        if without and self._stepped and not self.asked:
             self.asked = True
             warnings.warn(
                 f"{without[0]}: sparsity.penalty() was never called, and without it in the loss nothing drives what "
@@ -310,9 +304,9 @@ class StepHooks:
         self._settle()
         if overflow is not None and bool(overflow > 0):
             return False
-        self.expect_penalty()
         due = [(method, method.update) for method in self._methods if method.due(self._step)]
         try:
+            self.expect_penalty([method for method, _ in due])
             proposals = self.propose(due, self._step)
         except BaseException:
             self._step -= 1

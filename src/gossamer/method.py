@@ -72,6 +72,7 @@ class Method(ABC):
         masks_from_weights: Whether the first masks depend on the weights, which ranks could have made differently.
         over_all: Whether its budget is a fraction of all parameters of the model, so that no other method fits beside.
         hardens: Whether `finalize` would change outputs now, since something smooth becomes hard.
+        penalized: Whether its term of the loss is needed now, without which nothing drives what it learns.
         learns: Whether it adds parameters to the model, which `param_groups` lists.
         steps: Names of the arguments that count optimizer steps: a recipe may give them as parts of training.
     """
@@ -81,6 +82,7 @@ class Method(ABC):
     masks_from_weights: bool = False
     over_all: bool = False
     hardens: bool = False
+    penalized: bool = False
     learns: ClassVar[bool] = False
     steps: ClassVar[tuple[str, ...]] = ("begin", "end", "every", "until")
 

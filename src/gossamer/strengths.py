@@ -50,7 +50,7 @@ def coactivation(
             (feature) in this batch; below 0 for what is above mean - so many.
 
     Returns:
-        float32 in the shape of the layer's weight; exact up to 2^24 for each connection.
+        float32 in the shape of the layer's weight; exact up to 2^24 for each connection. Zeros without samples.
 
     Raises:
         ConfigurationError: Another kind of layer, or tensors that do not belong to it.
@@ -58,6 +58,8 @@ def coactivation(
     layer = check_layer(layer)
     check_activity(threshold, sigmoid, deviations)
     x, y = _samples(layer, input, output)
+    if not len(x):
+        return x.new_zeros(layer.weight.shape, dtype=torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         if sigmoid:
             x, y = torch.sigmoid(x), torch.sigmoid(y)
@@ -81,13 +83,15 @@ def correlation(input: Tensor, output: Tensor, layer: nn.Module, *, absolute: bo
         absolute: Whether the mean is of `|ρ|`.
 
     Returns:
-        float32 in the shape of the layer's weight, in [-1, 1].
+        float32 in the shape of the layer's weight, in [-1, 1]. Zeros without samples.
 
     Raises:
         ConfigurationError: Another kind of layer, or tensors that do not belong to it.
     """
     layer = check_layer(layer)
     x, y = _samples(layer, input, output)
+    if not len(x):
+        return x.new_zeros(layer.weight.shape, dtype=torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         x, y = _standardized(x), _standardized(y)
         count = occasions(x, y, layer)

@@ -549,7 +549,8 @@ def test_memory_does_not_grow_with_the_number_of_batches() -> None:
     held = []
 
     def forward(model: nn.Module, x: Tensor) -> None:
-        held.append(sum(each.numel() for each in gc.get_objects() if issubclass(type(each), Tensor)))
+        sizes = [each.numel() for each in gc.get_objects() if issubclass(type(each), Tensor)]
+        held.append(sum(size for size in sizes if type(size) is int))  # a compiler leaves tensors of symbolic size
         model(x)
 
     gs.measure_activations(net, batches(8), forward=forward)

@@ -473,6 +473,15 @@ def test_progress_where_nothing_was_active_is_refused():
     refused(counted(layer), ConfigurationError, r"DSConv2d\(3, 4, .*activity_threshold=0.9999")
 
 
+def test_a_threshold_that_is_no_number_is_refused_by_its_name():
+    layer = conv()
+    layer.activity_threshold = "a"
+    with pytest.raises(
+        ConfigurationError, match=r"^DSConv2d\(3, 4, .*: activity_threshold: expected a number in .*'a'"
+    ):
+        counted(layer)
+
+
 @pytest.mark.parametrize(
     ("values", "match"),
     [

@@ -159,6 +159,11 @@ class LossyThreshold(Method):
         group: dict[str, Any] = {"params": [each.eps for each in self._sparsifiers()], "weight_decay": 0.0}
         return [group if self.lr is None else group | {"lr": self.lr}]
 
+    @property
+    def penalized(self) -> bool:  # type: ignore[override]
+        """See `Method.penalized`."""
+        return self.strength != 0
+
     def loss_term(self) -> Tensor | None:
         """See `Method.loss_term`: of the forward passes in training since the last step.
 

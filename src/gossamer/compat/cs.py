@@ -85,7 +85,7 @@ class SoftMasked(nn.Module):
 
     @mask.setter
     def mask(self, computed: Tensor) -> None:
-        """Accepts what a `forward` written for the package assigns, `compute_mask(…)`, which is known already."""
+        """For a `forward` written for the package, which assigns `compute_mask(…)`; nothing else may be."""
 
     def masked_weight(self, temp: float | Tensor, ticket: bool) -> Tensor:
         """The weight under its mask, which is `mask` from then on; see `compute_mask`."""

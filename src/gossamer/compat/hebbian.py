@@ -108,6 +108,7 @@ class DSLayer(nn.Module):
         Raises:
             ConfigurationError: Tensors that do not belong to the layer, or an `activity_threshold` that is no number.
         """
+        check_number(f"{self}: activity_threshold", self.activity_threshold, -math.inf, math.inf)
         # Not into the buffer, which has lower precision in a model in half precision.
         self.connections_tensor = coactivation(input, output, self, threshold=self.activity_threshold, sigmoid=True)
         self._counted = True

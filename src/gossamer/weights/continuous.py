@@ -14,7 +14,7 @@ from torch import Tensor, nn, optim
 from gossamer.checks import check_boolean, check_integer, check_number
 from gossamer.choice import largest_in_cells
 from gossamer.distribution import active_weights
-from gossamer.errors import ConfigurationError, NonFiniteError, StateError
+from gossamer.errors import ConfigurationError, NonFiniteError, OrderError, StateError
 from gossamer.groups import Groups, Spread
 from gossamer.masks import Change, rows_like
 from gossamer.method import Proposal, StateOf
@@ -156,11 +156,23 @@ class ContinuousSparsification(LearnedMethod):
         return 1.0 if self.scaling == "paper" else code_scale(self.initial_value)
 
     def loss_term(self) -> Tensor | None:
-        """See `Method.loss_term`: λ times the sum of the masks, counting weights; none of the ticket, and of N:M."""
-        if self.tensors or self.scored[0].cell is not None:
+        """See `Method.loss_term`: λ times the sum of the masks, counting weights; none of the ticket, and of N:M.
+
+        Raises:
+            OrderError: Scores are frozen.
+        """
+        if self.tensors:
+            return None
+        self._check_trained()
+        if self.scored[0].cell is not None:
             return None
         mass = self._scale() * self._mass()
         return (self.penalty if self._steering is None else self._steering.strength.to(mass.device)) * mass
+
+    @property
+    def penalized(self) -> bool:  # type: ignore[override]
+        """See `Method.penalized`: until there is a ticket."""
+        return self.penalty != 0 and not self.tensors and as_structure(self.structure).cell is None
 
     def due(self, step: int) -> bool:
         """See `Method.due`."""
@@ -190,6 +202,7 @@ class ContinuousSparsification(LearnedMethod):
 
     def _next_round(self) -> Proposal:
         """Suppress for good what does not live, and begin the next round with the rest."""
+        self._check_trained()
         self._rounds.end()
         kept = self._chosen(last=False)
         self._warn_of(kept, last=False)
@@ -197,9 +210,8 @@ class ContinuousSparsification(LearnedMethod):
         def write() -> None:
             temperature = self._temperature()
             for scored, chosen in zip(self.scored, kept, strict=True):
-                if scored.scores.requires_grad:
-                    scores, stays = local(scored.scores), rows_like(chosen, scored.scores)
-                    scores.copy_(suppress(scores, temperature, self.initial_value, stays))
+                scores, stays = local(scored.scores), rows_like(chosen, scored.scores)
+                scores.copy_(suppress(scores, temperature, self.initial_value, stays))
             self._set_temperature(1.0)
 
         scores = [each.scores for each in self.scored]
@@ -209,6 +221,7 @@ class ContinuousSparsification(LearnedMethod):
         """Make masks hard."""
         if self.tensors:
             return Proposal([])
+        self._check_trained()
         self._rounds.end(last=True)
         kept = self._chosen(last=True)
         self._warn_of(kept, last=True)
@@ -389,9 +402,8 @@ class ContinuousSparsification(LearnedMethod):
         assert self.sparsity is not None
         assert self._steering is not None
         first, final = ((1 - self.sparsity) ** ((self._rounds.done + part) / self.rounds) for part in (0, 1))
-        trained = [part for part in self.scored if part.scores.requires_grad]
-        gradients = [part.scores.grad / part.size for part in trained if part.scores.grad is not None]
-        if not gradients or len(gradients) < len(trained):
+        gradients = [part.scores.grad / part.size for part in self.scored if part.scores.grad is not None]
+        if len(gradients) < len(self.scored):
             return
         temperature, scale, strength = self._temperature(), self._scale(), self._steering.strength
 
@@ -399,8 +411,7 @@ class ContinuousSparsification(LearnedMethod):
             mask = torch.sigmoid(temperature * scores)
             return scale * temperature * mask * (1 - mask)
 
-        pull = self._sum(lambda s, gradient: (gradient - strength * slope(s)).abs(), gradients, of=trained)
-        pull = pull / self._sum(slope, of=trained)
+        pull = self._sum(lambda s, gradient: (gradient - strength * slope(s)).abs(), gradients) / self._sum(slope)
         self._steering.steer(self._density(), first, final, self._rounds.into / self.length, pull)
 
     def _centered(self, scored: Scored) -> Tensor:
@@ -416,14 +427,12 @@ class ContinuousSparsification(LearnedMethod):
         """The fraction of weights whose group is to live, 0-dim; where groups overlap each counts the whole."""
         if (cell := self.scored[0].cell) is not None:
             return torch.tensor(cell[0] / cell[1])
-        limits = [torch.full((), each.limit, device=each.scores.device) for each in self.scored]
-        return self._sum(lambda scores, limit: (scores.detach() > limit).double(), limits) / self._total()
+        return self._sum(lambda scores: (scores.detach() > 0).double()) / self._total()
 
     def _chosen(self, last: bool) -> list[Tensor]:
         """Which groups live where masks become hard now: bool, in the shape of whole scores.
 
         Those above 0; the highest where a sparsity was asked for and this is the last time, or they are too few for it.
-        Of a layer that is frozen now, all that were not suppressed.
         """
         scores = [whole(each.scores) for each in self.scored]
         for part, each in zip(self.scored, scores, strict=True):
@@ -436,17 +445,13 @@ class ContinuousSparsification(LearnedMethod):
         if (cell := self.scored[0].cell) is not None:
             n = torch.tensor([cell[0]], device=scores[0].device)
             return [largest_in_cells(each, n, cell[1]) for each in scores]
-        above = [each > part.limit for part, each in zip(self.scored, scores, strict=True)]
+        above = [each > 0 for each in scores]
         if self.sparsity is None or not self.ranking:
             return above
         left = active_weights(self.sparsity, self._total())
         if not last and self._weights([int(each.sum()) for each in above]) >= left:
             return above
-        firm = [
-            each if part.scores.requires_grad else each.masked_fill(stays, torch.inf)
-            for part, each, stays in zip(self.scored, scores, above, strict=True)
-        ]
-        ranked = torch.cat([each.reshape(-1) for each in firm]).sort(descending=True, stable=True).indices
+        ranked = torch.cat([each.reshape(-1) for each in scores]).sort(descending=True, stable=True).indices
         sizes = torch.cat([torch.full((part.total,), part.size, device=ranked.device) for part in self.scored])
         order = ranked
         kept = torch.zeros_like(ranked, dtype=torch.bool)
@@ -460,6 +465,15 @@ class ContinuousSparsification(LearnedMethod):
         return [
             part.view(each.shape) & (each > -lasting(each.dtype) / 2) for part, each in zip(parts, scores, strict=True)
         ]
+
+    def _check_trained(self) -> None:
+        """Raise an OrderError where masks would go on to harden though nothing trains their scores."""
+        if frozen := next((each.name for each in self.scored if not each.scores.requires_grad), None):
+            raise OrderError(
+                f"{frozen}: its scores are frozen (requires_grad is False), and its masks would harden without them; "
+                "train them until the ticket is taken, or attach without this layer: "
+                f"targets=['!{frozen}']"
+            )
 
     def _warn_of(self, kept: Sequence[Tensor], last: bool) -> None:
         if self.sparsity is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from itertools import compress
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,12 +16,24 @@ from torch import Tensor
 from gossamer.checks import check_number
 from gossamer.errors import ConfigurationError
 from gossamer.groups import Groups
-from gossamer.masks import count_over_shards
+from gossamer.masks import Change, count_over_shards
 from gossamer.method import Proposal, StateOf
 from gossamer.schedule import Schedule, as_schedule
 from gossamer.scores import Score, as_score
 from gossamer.weights.masked import MaskMethod
 from gossamer.weights.ranking import drop, grow, scores_of_active
+
+_ROUNDING = 1e-9
+"""What is below a whole number by less is one: `1 - 4/5` of 5 is 1, though a little less in floating point."""
+
+_Count = TypeVar("_Count", int, Tensor)
+
+
+def portion(fraction: float, count: _Count) -> _Count:
+    """This fraction of a count, or of each of several, int64; rounded down."""
+    if isinstance(count, Tensor):
+        return (fraction * count.double() + _ROUNDING).long()
+    return int(fraction * count + _ROUNDING)
 
 
 @dataclass(eq=False)
@@ -70,9 +83,17 @@ class DropGrow(MaskMethod):
         fraction = self.fraction(step)
         alive, moving = self._alive(), self._moving()
         groups, masks = list(compress(self.groups, moving)), list(compress(alive, moving))
+        stay: list[Tensor] = []
         if groups:
-            self._grow(groups, masks, self._drop(groups, masks, fraction, state), state)
-        return Proposal(self._changes(alive), {"drop_fraction": fraction})
+            stay = self._drop(groups, masks, fraction, state)
+            self._grow(groups, masks, stay, state)
+        changed = iter(stay)
+        kept = [next(changed) if moves else mask for mask, moves in zip(alive, moving, strict=True)]
+        return Proposal(self._renew(kept, alive), {"drop_fraction": fraction})
+
+    def _renew(self, kept: list[Tensor], alive: list[Tensor]) -> list[Change]:
+        """The changes to these masks of all groups, of which some were kept."""
+        return self._changes(alive)
 
     def _moving(self) -> list[bool]:
         """Whether the groups of each division are dropped and grown now."""
@@ -98,7 +119,7 @@ class DropGrow(MaskMethod):
         kept = [mask.clone() for mask in alive]
         active = self._counts(groups, alive)
         rooms = self._rooms(groups, active)
-        drops = [min(int(fraction * now), room) for now, room in zip(active, rooms, strict=True)]
+        drops = [min(portion(fraction, now), room) for now, room in zip(active, rooms, strict=True)]
         if any(drops):
             index, ranked = scores_of_active(groups, kept, score, state, self.p)
             drop(groups, kept, index, ranked, drops)

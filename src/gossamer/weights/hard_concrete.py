@@ -78,6 +78,11 @@ class HardConcrete(LearnedMethod):
     ) -> HardConcreteGates:
         return HardConcreteGates(scores, spreads)
 
+    @property
+    def penalized(self) -> bool:  # type: ignore[override]
+        """See `Method.penalized`."""
+        return self.penalty != 0
+
     def loss_term(self) -> Tensor | None:
         """See `Method.loss_term`."""
         return self.penalty * self._expected()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial, reduce
@@ -22,14 +23,14 @@ from gossamer.connections import Connections, Statistic
 from gossamer.distribution import Distribution, active_weights, apportion_groups
 from gossamer.errors import ConfigurationError, OrderError, StateError
 from gossamer.groups import Groups, changes, layout_of
-from gossamer.masks import Change, MaskedTensor, rows_like
+from gossamer.masks import Change, MaskedTensor, count_over_shards, rows_like
 from gossamer.method import Masks, Proposal, StateOf
 from gossamer.scores import Score, View, as_score, magnitude
 from gossamer.sites import see_hooks
 from gossamer.strengths import LAYERS, check_activity, coactivation, correlation
 from gossamer.structure import Element, as_structure
 from gossamer.targets import local
-from gossamer.weights.drop_grow import DropGrow
+from gossamer.weights.drop_grow import DropGrow, portion
 from gossamer.weights.ranking import prune_to, random_scores
 
 STATISTICS = ("coactivation", "correlation", "absolute_correlation")
@@ -49,17 +50,20 @@ class Hebbian(DropGrow):
 
     The strength of a connection is how often its input and its output were both active, as a fraction of the times
     they could have been, or their correlation (see `gossamer.scores.coactivation` and `correlation`). It is known of
-    pruned connections too; those of strength 0 are ranked at random. Every so often the weakest active ones of a tensor
-    are dropped, and as many grow, which begin anew. Strengths are measured in training, in every forward pass of every
-    `count_every`-th step (and of those before it that were skipped for gradients that are not finite), over all ranks.
+    pruned connections too; those of equal strength are ranked at random. Every so often the weakest active ones of a
+    tensor are dropped, and as many grow, which begin anew. Strengths are measured in training, in every forward pass of
+    every `count_every`-th step (and of those before it that were skipped for gradients that are not finite), over all
+    ranks. A layer that was not measured since the last update, while others were, keeps its mask.
 
     Args:
         drop_score: `"strength"`; `"strength_or_magnitude"`: only what both would drop goes, magnitudes of positive and
-            negative weights being ranked apart; `"weighted_magnitude"`, strength times magnitude; or any other score.
+            negative weights being ranked apart but in slices; `"weighted_magnitude"`, strength times magnitude; or any
+            other score.
         grow_score: `"random"`, `"strength"`, `"gradient"` or any other score. At random, what was just dropped does not
             grow; else it may, and begins anew too.
         scope: What is ranked against each other: `"tensor"`, all weights of each; `"model"`, the weights of all
-            tensors, which may then get more or fewer of them, one at least; `"slice"`, those of each slice of a weight
+            tensors, which may then get more or fewer of them, one at least, coactivations in units of their mean over
+            the tensor; `"slice"`, those of each slice of a weight
             along `prune_dims`, which all have the same number of active ones.
         prune_dims: Dimensions of a weight that slices are taken along; what is ranked are the others. `None` for (0, 1)
             of a convolution, so that a slice is a kernel, and (0,) of a linear layer, all inputs of an output.
@@ -68,8 +72,8 @@ class Hebbian(DropGrow):
         sigmoid: Likewise.
         deviations: Likewise.
         activation: Applied to the layer's output before it is measured: `"relu"`, `"sigmoid"`, `"tanh"`, `"gelu"`,
-            `"silu"`, or a function of a tensor; `None` for the output as it is.
-        count_every: Steps of which one is measured; at most those between two updates.
+            `"silu"`, or a function of a tensor, which gets a copy; `None` for the output as it is.
+        count_every: Steps of which one is measured, up to `until`; at most those between two updates.
         decay: Of a moving average over the steps measured, in [0, 1), which updates leave alone; `None` for the sum
             since the last update.
         reinitialize: Whether weights that grow start from `U(-b, b)` with `b = √(6/n)`, n being the inputs of an output
@@ -111,7 +115,8 @@ class Hebbian(DropGrow):
                 f"threshold, sigmoid and deviations say what is active, and statistic={self.statistic!r} does not ask; "
                 "leave them out, or take 'coactivation'"
             )
-        if not (self.activation is None or callable(self.activation) or self.activation in ACTIVATIONS):
+        named = isinstance(self.activation, str) and self.activation in ACTIVATIONS
+        if not (self.activation is None or callable(self.activation) or named):
             raise ConfigurationError(
                 f"activation: got {self.activation!r}; allowed are {', '.join(map(repr, ACTIVATIONS))}, or a function"
             )
@@ -130,34 +135,47 @@ class Hebbian(DropGrow):
         if self.prune_dims is not None:
             if self.scope != "slice":
                 raise ConfigurationError(f"prune_dims={self.prune_dims!r} is for scope='slice', got {self.scope!r}")
-            if not isinstance(self.prune_dims, list | tuple) or len(set(self.prune_dims)) < len(self.prune_dims):
-                raise ConfigurationError(f"prune_dims: expected a list of different numbers, got {self.prune_dims!r}")
-            for dim in self.prune_dims:
+            listed = self.prune_dims if isinstance(self.prune_dims, list | tuple) else ()
+            for dim in listed:
                 check_integer("prune_dims", dim, at_least=0)
+            if listed is not self.prune_dims or len(set(listed)) < len(listed):
+                raise ConfigurationError(f"prune_dims: expected a list of different numbers, got {self.prune_dims!r}")
         if self.scope != "tensor" and not isinstance(structure, Element):
             raise ConfigurationError(f"scope={self.scope!r} ranks single weights; structure {structure} needs 'tensor'")
         if self.scope == "slice" and self.over != "targets":
             raise ConfigurationError("scope='slice' has as many active weights in every slice; use over='targets'")
-        if self.scope == "slice" and self.distribution != "uniform" and isinstance(self.distribution, str):
+        if self.scope == "slice" and self.distribution != "uniform":
             raise ConfigurationError(
-                f"distribution={self.distribution!r}: slices of one weight are alike; use 'uniform' or a mapping"
+                f"distribution={self.distribution!r}: slices of all weights are equally sparse; use 'uniform', and "
+                "several methods with targets for several sparsities"
             )
 
     # -- scores ------------------------------------------------------------------------------------------------------
 
     def _own_scores(self) -> dict[str, Score]:
         def strength(view: View) -> Tensor:
-            tensor = self._by_name[view.name]
-            whole = self._connections[view.name].strength(self.decay).to(tensor.mask.device)
-            # Connections that were never active may be many. By their index those of a kernel's first row would go on.
-            chance = torch.rand(tensor.shape, generator=self.generator).to(tensor.mask.device)
-            return view.take(rows_like(torch.where(whole == 0, -1e-30 * chance, whole), tensor.parameter)).clone()
+            return self._untied(view, 1.0)
 
         def weighted_magnitude(view: View) -> Tensor:
-            return strength(view).mul_(view.weight.abs())
+            return self._untied(view, view.weight.abs())
 
         strength.signed = weighted_magnitude.signed = self.statistic == "correlation"  # type: ignore[attr-defined]
         return {"strength": strength, "strength_or_magnitude": strength, "weighted_magnitude": weighted_magnitude}
+
+    def _untied(self, view: View, factor: Tensor | float) -> Tensor:
+        """The strengths of a view's connections times a factor, float64; equal ones in random order."""
+        tensor = self._by_name[view.name]
+        device = tensor.mask.device
+        whole = self._connections[view.name].strength().to(device)
+        if self.scope == "model" and self.statistic == "coactivation":
+            # Layers differ in how often anything is active at all, which says nothing of single connections.
+            whole = whole / whole.mean().clamp(min=torch.finfo(whole.dtype).tiny)
+        # Two numbers of the generator each, since one each may be those that the weights were drawn from.
+        chance = torch.rand(tensor.shape, generator=self.generator, dtype=torch.float64).to(device)
+        whole, chance = (view.take(rows_like(each.double(), tensor.parameter)) for each in (whole, chance))
+        # Whole layers may tie: counts, where inputs are always active, or never. By their index the first would stay.
+        # The factor is too near 1 to change the order of different strengths, which are of single precision.
+        return whole * factor * (1 + 2**-26 * chance) + 1e-30 * chance
 
     def _drop_by(self) -> Score:
         """See `DropGrow._drop_by`; for "strength_or_magnitude" the strength."""
@@ -180,7 +198,7 @@ class Hebbian(DropGrow):
             statistic = partial(coactivation, **options)
         activation = ACTIVATIONS[self.activation] if isinstance(self.activation, str) else self.activation
         self._connections = {
-            tensor.name: Connections(tensor.name, tensor.shape, statistic, not counts, activation)
+            tensor.name: Connections(tensor.name, tensor.shape, statistic, not counts, activation, self.decay)
             for tensor in self.tensors
         }
         self._steps = 0
@@ -196,7 +214,7 @@ class Hebbian(DropGrow):
 
     def after_step(self, step: int) -> None:
         """See `Method.after_step`: takes what this step has measured into the strengths, over all ranks."""
-        if self._steps % self.count_every == 0:
+        if self._measures():
             self._collect()
         self._steps = step
         self._open()
@@ -217,8 +235,13 @@ class Hebbian(DropGrow):
                         del owner._forward_hooks[key]
                         del owner._forward_hooks_with_kwargs[key]
 
+    def _measures(self) -> bool:
+        """Whether the passes of the coming step are measured."""
+        end = self._schedule.end
+        return self._steps % self.count_every == 0 and (end is None or self._steps < end)
+
     def _open(self) -> None:
-        measured = self._steps % self.count_every == 0
+        measured = self._measures()
         for tensor in self.tensors:
             self._connections[tensor.name].open(measured, local(tensor.parameter).device)
 
@@ -232,7 +255,7 @@ class Hebbian(DropGrow):
             for part, summed in zip(parts, torch.split(together, [part.numel() for part in parts]), strict=True):
                 part.copy_(summed.view_as(part))
         for each in found:
-            each.collect(self.decay)
+            each.collect()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -247,13 +270,13 @@ class Hebbian(DropGrow):
         Between an update and the next step that is measured they are those by which the update ranked. Zeros where
         nothing was measured yet.
         """
-        return {name: each.strength(self.decay) for name, each in self._connections.items()}
+        return {name: each.strength() for name, each in self._connections.items()}
 
     def learned(self) -> list[dict[str, Any]]:
         """See `Method.learned`: of every weight the mean strength of active and of pruned connections."""
         rows = []
         for tensor in self.tensors:
-            whole = self._connections[tensor.name].strength(self.decay).to(tensor.mask.device)
+            whole = self._connections[tensor.name].strength().to(tensor.mask.device)
             strength = rows_like(whole, tensor.parameter)
             sums = torch.stack([(strength * kept).sum() for kept in (tensor.mask != 0, tensor.mask == 0)])
             if tensor.process_group is not None:
@@ -263,9 +286,25 @@ class Hebbian(DropGrow):
             rows.append({"name": tensor.name, "strength_active": active, "strength_pruned": pruned})
         return rows
 
+    def config(self) -> dict[str, Any]:
+        """See `Method.config`; also what the saved sums mean."""
+        activation = self.activation
+        if callable(activation):
+            activation = getattr(activation, "__qualname__", type(activation).__qualname__)
+        return super().config() | {
+            "statistic": self.statistic,
+            "threshold": float(self.threshold),
+            "sigmoid": self.sigmoid,
+            "deviations": None if self.deviations is None else float(self.deviations),
+            "activation": activation,
+            "decay": None if self.decay is None else "a moving average",
+        }
+
     def settings(self) -> dict[str, Any]:
         """See `Method.settings`."""
-        return super().settings() | {"prune_dims": None if self.prune_dims is None else list(self.prune_dims)}
+        elsewhere = self.config().keys() - {"decay"}  # whose value may change
+        found = {name: value for name, value in super().settings().items() if name not in elsewhere}
+        return found | {"prune_dims": None if self.prune_dims is None else list(self.prune_dims)}
 
     def state_dict(self) -> dict[str, Any]:
         """See `Method.state_dict`."""
@@ -283,7 +322,14 @@ class Hebbian(DropGrow):
             if not each.fits(saved):
                 raise StateError(
                     f"{self.name}: {name}: what was saved of its strengths is not a finite number for each of its "
-                    f"{tuple(each.shape)} connections; the file is damaged, use an earlier one"
+                    f"{tuple(each.shape)} connections, or a count below 0; the file is damaged, use an earlier one"
+                )
+        alive = [groups.collapse(masks) for groups in self.groups] if self.scope == "slice" else []
+        for name, uneven in self._uneven(alive):
+            if uneven:
+                raise StateError(
+                    f"{self.name}: {name}: {uneven} slices of the saved mask have more or fewer active weights than "
+                    "the others; attach with the scope and the prune_dims it was saved with"
                 )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -300,7 +346,41 @@ class Hebbian(DropGrow):
         self._by_name = {tensor.name: tensor for tensor in self.tensors}
         for tensor in self.tensors:
             self._check_tensor(tensor)
-        return super()._start(given)
+        first = super()._start(given)
+        if self.scope == "slice":
+            self._check_slices(first)
+        return first
+
+    def _check_slices(self, first: list[tuple[Tensor, int]]) -> None:
+        for name, uneven in self._uneven([alive for alive, _ in first]):
+            if uneven:
+                raise ConfigurationError(
+                    f"{name}: {uneven} slices of the given mask have more or fewer active weights than the others, and "
+                    "scope='slice' keeps as many in each; give other masks, or use scope='tensor'"
+                )
+        for groups, (_, active) in zip(self.groups, first, strict=True):
+            count = active * self._slice_size(groups.tensors[0]) // groups.total
+            if self.drop_fraction and not portion(self.drop_fraction, count):
+                raise ConfigurationError(
+                    f"{groups.name}: of {count} active weights in a slice drop_fraction={self.drop_fraction:g} drops "
+                    "none, so that its mask would never change; "
+                    + (f"give at least {math.ceil(1e4 / count) / 1e4:g}, or " if count > 1 else "")
+                    + "use scope='tensor'"
+                )
+
+    def _uneven(self, alive: list[Tensor]) -> list[tuple[str, int]]:
+        """Of each of these masks of weights how many slices have more or fewer active weights than the mean."""
+        if not alive:
+            return []
+        means = [
+            active * self._slice_size(groups.tensors[0]) / groups.total
+            for groups, active in zip(self.groups, self._active(alive), strict=True)
+        ]
+        found = [
+            (self._count(groups, mask) != mean).count_nonzero()
+            for groups, mask, mean in zip(self.groups, alive, means, strict=True)
+        ]
+        return list(zip([groups.name for groups in self.groups], count_over_shards(self.groups, found), strict=True))
 
     def _check_tensor(self, tensor: MaskedTensor) -> None:
         for owner, attribute in tensor.target.places:
@@ -337,17 +417,11 @@ class Hebbian(DropGrow):
             size = self._slice_size(groups.tensors[0])
             count = active_weights(self.sparsity, size)
             if not count:
+                most = math.floor(1e4 * (1 - 1 / size)) / 1e4
                 raise ConfigurationError(
-                    f"{groups.name}: slices of {size} weights cannot be sparser than {1 - 1 / size:.4g}, and "
+                    f"{groups.name}: slices of {size} weights cannot be sparser than {most:g}, and "
                     f"sparsity={self.sparsity} was asked for; use scope='tensor', or leave it out with "
                     f"targets=['!{groups.name}']"
-                )
-            if 0 < self.drop_fraction * count < 1:
-                raise ConfigurationError(
-                    f"{groups.name}: of {count} active weights in a slice drop_fraction={self.drop_fraction:g} drops "
-                    "none, so that its mask would never change; "
-                    + (f"give at least {1 / count:.4g}, or " if count > 1 else "")
-                    + "use scope='tensor'"
                 )
             counts.append(groups.total // size * count)
         return counts
@@ -387,46 +461,63 @@ class Hebbian(DropGrow):
         """See `Method.update`.
 
         Raises:
-            OrderError: A layer was not measured since the last update.
-            ConfigurationError: No connection of a layer was active at both ends.
+            OrderError: No layer was measured yet.
+            ConfigurationError: No connection of a layer that was measured has a strength.
         """
-        if self._steps % self.count_every == 0:  # the passes of this step count too
+        if self._measures():  # the passes of this step count too
             self._collect()
             self._open()
-        fraction = self.fraction(step)
-        alive, moving = self._alive(), self._moving()
-        kept = [mask.clone() for mask in alive]
-        if any(moving):
-            groups, masks = list(compress(self.groups, moving)), list(compress(alive, moving))
-            names = list(dict.fromkeys(tensor.name for each in groups for tensor in each.tensors))
-            self._require_measured(names)
-            stay = self._drop(groups, masks, fraction, state)
-            for mask, each in zip(compress(kept, moving), stay, strict=True):
-                mask.copy_(each)
-            self._grow(groups, masks, stay, state)
-            for name in names:
-                self._connections[name].begin_anew(self.decay)
-        return Proposal(self._anew(kept, alive), {"drop_fraction": fraction})
+        return super().update(step, state)
 
-    def _require_measured(self, names: Sequence[str]) -> None:
-        own = self._own_scores()
-        if self.drop_score not in own and self.grow_score not in own:
-            return
-        found = [self._connections[name] for name in names]
-        told = torch.stack([torch.stack([each.lacks(), each.total.any()]) for each in found]).tolist()
-        for each, (lacks, reached) in zip(found, told, strict=True):
-            if lacks:
-                raise OrderError(
-                    f"{each.name}: no forward pass in training was measured since the last update, so that its "
-                    "connections have no strengths; train some steps with this layer in use, or leave it out with "
-                    f"targets=['!{each.name}']"
+    def _moving(self) -> list[bool]:
+        """See `DropGrow._moving`; a layer that was not measured since the last update keeps its mask."""
+        moving, own = super()._moving(), self._own_scores()
+        asked = [score for score in (self.drop_score, self.grow_score) if isinstance(score, str)]
+        if not any(moving) or not any(score in own for score in asked):
+            return moving
+
+        def among(names: dict[str, bool]) -> list[bool]:
+            whole = [all(names[tensor.name] for tensor in groups.tensors) for groups in self.groups]
+            return [moves and has for moves, has in zip(moving, whole, strict=True)]
+
+        parts = [(each.fresh(), each.samples > 0, each.total.any()) for each in self._connections.values()]
+        told = torch.stack([torch.stack(each) for each in parts]).t().tolist()
+        fresh, known, reached = (dict(zip(self._connections, each, strict=True)) for each in told)
+        measured, ever = among(fresh), among(known)
+        if not any(ever):
+            raise OrderError(
+                f"{next(compress(self.groups, moving)).tensors[0].name}: no forward pass in training was measured, of "
+                "this or any other trained layer, so that connections have no strengths; train some steps first"
+            )
+        if not any(measured):  # soon after another update: strengths are what they were
+            measured = ever
+        for groups, moves, has in zip(self.groups, moving, ever, strict=True):
+            if moves and not has:
+                warnings.warn(
+                    f"{groups.name}: no forward pass went through its layer so far, so that its mask stays; where its "
+                    "weight is used by other means it cannot be measured, and is best left out with "
+                    f"targets=['!{groups.name}']",
+                    stacklevel=2,
                 )
-            if self.statistic == "coactivation" and not reached:
-                limit = f"{self.threshold:g}" if self.deviations is None else f"mean + {self.deviations:g} deviations"
-                raise ConfigurationError(
-                    f"{each.name}: at {float(each.samples):.0f} occasions no connection had its input and its output "
-                    f"above {limit}, so that none can be ranked; lower that, or see whether the layer is dead"
-                )
+        for groups in compress(self.groups, measured):
+            for tensor in groups.tensors:
+                if not reached[tensor.name]:
+                    raise ConfigurationError(f"{tensor.name}: {self._nothing(self._connections[tensor.name])}")
+        return measured
+
+    def _nothing(self, connections: Connections) -> str:
+        """Why all strengths of a layer that was measured are 0, and what helps."""
+        at = f"at {float(connections.samples):.0f} occasions no connection had"
+        if self.statistic != "coactivation":
+            return (
+                f"{at} an input and an output that vary over a batch, so that none can be ranked; train with batches "
+                "of several samples, or see whether the layer is dead"
+            )
+        limit = f"{self.threshold:g}" if self.deviations is None else f"mean + {self.deviations:g} deviations"
+        return (
+            f"{at} its input and its output above {limit}, so that none can be ranked; lower that, or see whether the "
+            "layer is dead"
+        )
 
     def _drop(self, groups: list[Groups], alive: list[Tensor], fraction: float, state: StateOf) -> list[Tensor]:
         """See `DropGrow._drop`."""
@@ -434,7 +525,7 @@ class Hebbian(DropGrow):
         if self.drop_score != "strength_or_magnitude":
             return stay
         parts = [alive]
-        if isinstance(as_structure(self.structure), Element):
+        if self.scope != "slice" and isinstance(as_structure(self.structure), Element):  # of few, a part of none goes
             below = [each.scores(_weight, state) < 0 for each in groups]
             parts = [[mask * part for mask, part in zip(alive, below, strict=True)]]
             parts.append([mask * ~part for mask, part in zip(alive, below, strict=True)])
@@ -453,12 +544,15 @@ class Hebbian(DropGrow):
                 scores = each.scores(score, state)
                 refuse_nan([each], [scores])
                 counts = self._count(each, mask)
-                counts -= (counts.double() * fraction).long()
+                drops = portion(fraction, counts)
+                if self._grow_by() is None:  # what was just dropped does not grow
+                    drops = torch.minimum(drops, self._slice_size(each.tensors[0]) - counts)
+                counts -= drops
                 mask.copy_(self._choose(each, scores.masked_fill_(mask == 0, -torch.inf), counts)).neg_()
         else:
             active = self._counts(groups, alive)
             room = sum(self._rooms(groups, active))
-            prune_to(groups, kept, [sum(active) - min(int(fraction * sum(active)), room)], score, state, self.p)
+            prune_to(groups, kept, [sum(active) - min(portion(fraction, sum(active)), room)], score, state, self.p)
         return kept
 
     def _grow(self, groups: list[Groups], alive: list[Tensor], kept: list[Tensor], state: StateOf) -> None:
@@ -482,8 +576,10 @@ class Hebbian(DropGrow):
         lost = sum(was) - sum(now)
         return lost if self._grow_by() is not None else apportion_groups(lost, now, rooms, [1] * len(was))
 
-    def _anew(self, kept: Sequence[Tensor], alive: Sequence[Tensor]) -> list[Change]:
-        """The changes to these masks of groups, where all that was not kept begins anew."""
+    def _renew(self, kept: list[Tensor], alive: list[Tensor]) -> list[Change]:
+        """See `DropGrow._renew`; what was not kept begins anew, and so do the sums."""
+        for each in self._connections.values():
+            each.begin_anew()
         stays = {change.tensor.name: change.mask for change in changes(self.groups, kept)}
         found = self._changes(alive)
         for change in found:

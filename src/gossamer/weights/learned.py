@@ -23,7 +23,7 @@ from gossamer.errors import ConfigurationError
 from gossamer.groups import Groups, Spread
 from gossamer.masks import MaskedTensor, count_active, rows_like
 from gossamer.method import Masks, Method
-from gossamer.nn.gates import Gates, lasting
+from gossamer.nn.gates import Gates
 from gossamer.structure import Element, Structure, as_structure
 from gossamer.targets import Selection, Target, local, select, unshare_class, whole
 
@@ -57,11 +57,6 @@ class Scored:
         found = gates_of(target).scores[index]
         assert isinstance(found, nn.Parameter)
         return found
-
-    @property
-    def limit(self) -> float:
-        """Groups with a score above it are to live: 0, and of scores that are frozen what suppressed ones are below."""
-        return 0.0 if self.scores.requires_grad else -lasting(self.scores.dtype) / 2
 
 
 def gates_of(target: Target) -> Gates:
@@ -228,12 +223,10 @@ class LearnedMethod(Method):
         """The weights in so many groups of each division."""
         return sum(n * each.size for n, each in zip(counts, self.scored, strict=True))
 
-    def _sum(
-        self, function: Callable[..., Tensor], *beside: Sequence[Tensor], of: Sequence[Scored] | None = None
-    ) -> Tensor:
+    def _sum(self, function: Callable[..., Tensor], *beside: Sequence[Tensor]) -> Tensor:
         """A function of the scores, summed over the weights of whole groups, and over all ranks; see `whole_sums`."""
-        parts = self.scored if of is None else of
-        return whole_sums([each.scores for each in parts], function, *beside, sizes=[each.size for each in parts]).sum()
+        sizes = [each.size for each in self.scored]
+        return whole_sums([each.scores for each in self.scored], function, *beside, sizes=sizes).sum()
 
     def _total(self) -> int:
         return sum(each.total * each.size for each in self.scored)

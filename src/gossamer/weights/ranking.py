@@ -135,8 +135,13 @@ def prune_to(
 
 
 def random_scores(groups: Groups, here: int, generator: torch.Generator) -> Tensor:
-    """Random scores of this rank's groups, drawn for all, so that they do not depend on the sharding."""
-    whole = torch.rand(groups.total, generator=generator)
+    """Random scores of this rank's groups, float64, all different.
+
+    Drawn for the groups of all ranks, so that they do not depend on the sharding. A permutation takes the generator's
+    numbers modulo what is left. `torch.rand` would give them as they are: those that a layer was initialized with,
+    where `torch.manual_seed` had the same seed, and so rank by the weights.
+    """
+    whole = torch.randperm(groups.total, generator=generator).double()
     return whole[groups.first : groups.first + here].to(groups.device)
 
 

@@ -63,6 +63,11 @@ class STR(LearnedMethod):
     ) -> SoftThreshold:
         return SoftThreshold(scores)
 
+    @property
+    def penalized(self) -> bool:  # type: ignore[override]
+        """See `Method.penalized`."""
+        return self.penalty != 0
+
     def loss_term(self) -> Tensor | None:
         """See `Method.loss_term`."""
         return self.penalty / 2 * whole_sums([each.scores for each in self.scored], torch.square).sum()
