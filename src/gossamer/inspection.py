@@ -23,8 +23,8 @@ class Inspection:
         rows: For each tensor `name`, `shape`, `dtype`, `encoding`, `density` (numbers that are not +0.0, of all),
             `bytes` that encode it, and `part`, these of those it has in memory. For a tied name, which costs nothing,
             `encoding` says with which.
-        totals: `density` over all tensors, each once; `negative_zeros`, how many numbers are −0.0, which is a value; `dense_bytes`, what they have in memory; `bytes` of the whole
-            file, header included; `part`, these of those.
+        totals: `density` over all tensors, each once; `negative_zeros`, how many numbers are −0.0, which is a value;
+            `dense_bytes`, what they have in memory; `bytes` of the whole file, header included; `part`, these of those.
     """
 
     rows: list[dict[str, Any]]
@@ -51,8 +51,8 @@ class Inspection:
             table.add_row(escape(name), shape, row["dtype"], escape(row["encoding"]), *numbers)
         if totals["negative_zeros"]:
             table.caption = (
-                f"{totals['negative_zeros']:,} numbers are −0.0, as where weights were multiplied by a mask, and take the "
-                "room of a value; adding 0.0 to the weights makes them zeros"
+                f"{totals['negative_zeros']:,} numbers are −0.0, as where weights were multiplied by a mask, and take "
+                "the room of a value; adding 0.0 to the weights makes them zeros"
             )
         return table
 
