@@ -229,6 +229,8 @@ def test_names_go_without_wrappers(tmp_path):
     assert torch.equal(other.hidden.weight, model.hidden.weight)
     gs.save(nn.DataParallel(net()), tmp_path / "f")
     gs.load(tmp_path / "f", nn.DataParallel(other))
+    gs.save(torch.compile(nn.DataParallel(torch.compile(model, backend="eager")), backend="eager"), tmp_path / "f")
+    assert list(gs.load(tmp_path / "f")) == list(net().state_dict())
 
 
 def test_names_that_look_like_parts_stay_apart(tmp_path):

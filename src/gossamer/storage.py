@@ -19,6 +19,7 @@ from gossamer.files import File, bits_of, write
 from gossamer.targets import WRAPPERS
 
 M = TypeVar("M", bound=nn.Module)
+_PARALLEL = (DistributedDataParallel, nn.DataParallel)
 
 
 def save(model: nn.Module | Mapping[str, Tensor], path: str | Path) -> None:
@@ -37,11 +38,11 @@ def save(model: nn.Module | Mapping[str, Tensor], path: str | Path) -> None:
         ConfigurationError: Something that a file cannot hold, by its name; nothing is written.
         OSError: The file cannot be written; the old one is still there.
     """
-    state = dict(model) if isinstance(model, Mapping) else _state(model)
+    state = dict(model) if isinstance(model, Mapping) else _state(_unwrapped(model))
     first: dict[Hashable, str] = {}
     tied = {}
     for name, tensor in state.items():
-        check(name, tensor)
+        _check(name, tensor)
         if (owner := first.setdefault(_identity(name, tensor), name)) != name:
             tied[name] = owner
     write(path, list(state), state.__getitem__, tied)
@@ -71,18 +72,18 @@ def load(path: str | Path, model: M | None = None) -> dict[str, Tensor] | M:
     """
     with File(path) as file:
         if model is not None:
-            _load_into(model, file)
+            _load_into(_unwrapped(model), file)
             return model
-        return tensors_of(file)
+        return _tensors(file)
 
 
-def tensors_of(file: File) -> dict[str, Tensor]:
+def _tensors(file: File) -> dict[str, Tensor]:
     """All tensors of a file; tied names have one."""
     found = {name: file[name] for name in file if name not in file.tied}
     return {name: found[file.tied.get(name, name)] for name in file}
 
 
-def check(name: object, value: object) -> None:
+def _check(name: object, value: object) -> None:
     """Raise a ConfigurationError unless a file can hold this tensor under this name."""
     if not isinstance(name, str) or not _is_text(name):
         raise ConfigurationError(f"{name!r}: tensors have texts as names in a file; rename it")
@@ -104,10 +105,17 @@ def check(name: object, value: object) -> None:
         raise ConfigurationError(f"{name}: has type {value.dtype}, and files hold {', '.join(DTYPES)}; convert it")
 
 
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model without what `torch.compile` and DDP put around it."""
+    for attribute in ("_orig_mod", "module"):
+        inner = getattr(model, attribute, None)
+        if isinstance(inner, nn.Module) and (attribute == "_orig_mod" or isinstance(model, _PARALLEL)):
+            return _unwrapped(inner)
+    return model
+
+
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    """State by the names it has without wrappers."""
-    if isinstance(model, DistributedDataParallel | nn.DataParallel):
-        model = model.module
+    """State of an unwrapped model, by the names it has without the wrappers inside."""
     return {_plain(name): value for name, value in model.state_dict().items()}
 
 
@@ -116,10 +124,9 @@ def _plain(name: str) -> str:
 
 
 def _load_into(model: nn.Module, file: File) -> None:
-    inner = model.module if isinstance(model, DistributedDataParallel | nn.DataParallel) else model
-    state = _state(inner)
+    state = _state(model)
     for name, value in state.items():
-        check(name, value)
+        _check(name, value)
     one: dict[Hashable, list[str]] = {}  # the names of each tensor of the model
     for name, value in state.items():
         one.setdefault(_identity(name, value), []).append(name)
@@ -142,14 +149,14 @@ def _load_into(model: nn.Module, file: File) -> None:
                 f"{file.path}: {name} has type {DTYPES[form.dtype]} and shape {form.shape}, in the model it has "
                 f"{value.dtype} and {tuple(value.shape)}; build the model that was saved, and convert it before"
             )
-    loaded = tensors_of(file)
+    loaded = _tensors(file)
     for first, *others in one.values():
         for name in others:
             if not np.array_equal(bits_of(loaded[held[first]]), bits_of(loaded[held[name]])):
                 raise StateError(
                     f"{file.path}: {first} and {name} differ, in the model they are one tensor; untie them first"
                 )
-    inner.load_state_dict({name: loaded[held[_plain(name)]] for name in inner.state_dict()})
+    model.load_state_dict({name: loaded[held[_plain(name)]] for name in model.state_dict()})
 
 
 def _identity(name: str, tensor: Tensor) -> Hashable:
