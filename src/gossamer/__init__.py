@@ -19,6 +19,7 @@ from gossamer.errors import (
 from gossamer.method import Change, MaskUpdate, Method, Proposal
 from gossamer.nn import LossyHardSparsifier, LossySparsifier
 from gossamer.prune import import_torch_masks, prune
+from gossamer.storage import load, save
 from gossamer.structure import ISS, NM, Block, Element
 from gossamer.summary import Summary
 from gossamer.weights import DSR, GMP, IMP, SET, STR, ContinuousSparsification, HardConcrete, Hebbian, RigL, Static
@@ -64,10 +65,12 @@ __all__ = [
     "Summary",
     "attach",
     "import_torch_masks",
+    "load",
     "measure_activations",
     "nn",
     "penalties",
     "prune",
+    "save",
     "schedule",
     "scores",
 ]

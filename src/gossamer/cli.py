@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated
@@ -16,8 +17,10 @@ import typer
 from accelerate import PartialState
 from rich.table import Table
 
+from gossamer import convert
 from gossamer.console import print_results, stdout_console
 from gossamer.errors import ConfigurationError, DataError, GossamerError, NonFiniteError
+from gossamer.inspection import inspect as inspection_of
 from gossamer.recipe import Recipe, load_recipe, parse_recipe, shipped
 from gossamer.run_folder import RECIPE, claimed, recipe_of
 from gossamer.training import Result, train_seeds
@@ -90,6 +93,50 @@ def recipes() -> None:
         for name, text in shipped().items():
             table.add_row(name, parse_recipe(f"{name}.yaml", text).description)
         stdout_console().print(table)
+
+
+@app.command()
+def inspect(
+    file: Annotated[Path, typer.Argument(help="A file that gs.save wrote, or another safetensors file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+) -> None:
+    """Read a whole file of tensors, check it, and show how each is written and what that saves."""
+    with _clear_errors():
+        inspection = inspection_of(file)
+        if as_json:
+            typer.echo(json.dumps(inspection.as_dict(), indent=2))
+        else:
+            stdout_console().print(inspection.table())
+
+
+@app.command()
+def compress(
+    source: Annotated[Path, typer.Argument(help="A safetensors file, a state dict of torch, or a folder of models.")],
+    destination: Annotated[Path, typer.Argument(help="The file or folder to make.")],
+) -> None:
+    """Make a file of tensors, or those in a folder of Transformers, small where there are zeros."""
+    _convert(convert.compress, source, destination)
+
+
+@app.command()
+def expand(
+    source: Annotated[Path, typer.Argument(help="What compress, or gs.save, wrote.")],
+    destination: Annotated[Path, typer.Argument(help="The file or folder to make.")],
+) -> None:
+    """Undo compress: plain safetensors, bit for bit, which any library reads."""
+    _convert(convert.expand, source, destination)
+
+
+def _convert(change: Callable[[Path, Path], None], source: Path, destination: Path) -> None:
+    with _clear_errors():
+        change(source, destination)
+        before, after = _bytes(source), _bytes(destination)
+        typer.echo(f"{destination}: {after:,} bytes, {after / max(1, before):.4f} of {source}")
+
+
+def _bytes(path: Path) -> int:
+    files = [path] if path.is_file() else path.rglob("*")
+    return sum(each.stat().st_size for each in files if each.is_file())
 
 
 def _run(recipe: Recipe, out: Path | None, resume: bool = False) -> tuple[list[Result], Path]:

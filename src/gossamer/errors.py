@@ -22,7 +22,7 @@ class OrderError(GossamerError, RuntimeError):
 
 
 class StateError(GossamerError, ValueError):
-    """A saved state that does not match what is attached; nothing has been changed."""
+    """A saved state or a file that is missing, damaged, or does not match what it is for; nothing has been changed."""
 
 
 class DataError(GossamerError, RuntimeError):
