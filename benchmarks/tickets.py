@@ -18,8 +18,9 @@ and the one before, and so on. 25 and not 30, so that other seeds stay below 30 
 - `steered` (LeNet): a sparsity is asked for, that of the ticket found with the first score 0, and the penalty steered
   towards it; `density before ranking` is what steering alone came to.
 
-Nothing is chosen by accuracies. Every finished run is one line of `runs.jsonl`; started again, the command goes on
-where it was stopped. It ends with `tickets.md`, `tickets.json` and `tickets.png`.
+Nothing is chosen by accuracies. (The rule for λ was added when the first searches, with 1e-8, had been seen.) Every
+finished run is one line of `runs.jsonl`; started again, the command goes on where it was stopped. It ends with
+`tickets.md`, `tickets.json` and `tickets.png`.
 """
 
 from __future__ import annotations
@@ -215,7 +216,7 @@ def summarize(
                     "density": [100 * each["ticket"]["density"] for each in found],
                     "ticket": tickets,
                     "random": random,
-                    "difference": [a - b for a, b in zip(tickets, random, strict=True)],
+                    "difference": _differences(tickets, random),
                     "IMP": [100 * each["test"] for each in beside["IMP"]],
                     "steered": [100 * each["test"] for each in beside["steered"]],
                     "steered_density": [100 * each["density"] for each in beside["steered"]],
@@ -224,6 +225,10 @@ def summarize(
                 }
             )
     return rows
+
+
+def _differences(these: list[float], others: list[float]) -> list[float]:
+    return [a - b for a, b in zip(these, others, strict=True)]
 
 
 def verdict(row: dict[str, Any]) -> str:
@@ -241,8 +246,8 @@ def markdown(rows: list[dict[str, Any]], command: str) -> str:
         f"`{command}`; torch {torch.__version__}, Python {platform.python_version()}.",
         "In per cent, mean ± standard error over seeds 1, 2, 3 for LeNet, seed 1 for ResNet-20. Accuracies of rounds",
         "are on validation images, under soft masks and under hard ones; those of tickets on test images.",
-        "The last column says whether the ticket is above the random one by more than two standard errors of the",
-        "paired difference, and by how many.",
+        "Differences are paired by seeds; `> 2 errors` says whether the ticket is above the random one by more than",
+        "two standard errors of the difference, and by how many it is.",
     ]
     for network in dict.fromkeys(row["network"] for row in rows):
         mine = [row for row in rows if row["network"] == network]
@@ -259,19 +264,20 @@ def markdown(rows: list[dict[str, Any]], command: str) -> str:
             lines += ["", f"s₀ = {row['first']:g}: λ was chosen by what the first seed was left with: {left}."]
         lines += [
             "",
-            "| s₀ | left | ticket | random ticket | IMP | ticket − random | > 2 standard errors |",
-            "|---|---|---|---|---|---|---|",
+            "| s₀ | left | ticket | random ticket | IMP | ticket − random | > 2 errors | − IMP | − dense |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         for row in mine:
             cells = [spread(row[name]) for name in ("density", "ticket", "random", "IMP")]
-            cells.append(spread(row["difference"], "+"))
-            lines.append(f"| {row['first']:g} | {' | '.join(cells)} | {verdict(row)} |")
+            cells += [spread(row["difference"], "+"), verdict(row)]
+            cells += [spread(_differences(row["ticket"], row[name]), "+") for name in ("IMP", "dense")]
+            lines.append(f"| {row['first']:g} | {' | '.join(cells)} |")
         for row in (row for row in mine if row["steered"]):
             lines += [
                 "",
                 f"Steered to the density of the tickets found with s₀ = 0, {spread(row['density'])}: density by "
                 f"steering {spread(row['unranked_density'])}, after ranking {spread(row['steered_density'])}; accuracy "
-                f"{spread(row['steered'])}, where the penalty of the paper has {spread(row['ticket'])}.",
+                f"{spread(row['steered'])}, where the λ above has {spread(row['ticket'])}.",
             ]
     return "\n".join(lines) + "\n"
 

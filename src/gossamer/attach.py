@@ -271,7 +271,6 @@ class Sparsity:
                 inspect.signature(ask).bind(self.step, self._hooks.state_of, **arguments)
             except TypeError as error:
                 raise ConfigurationError(f"update: phase {phase!r} of {method.name}: {error}") from None
-        self._hooks.expect_penalty([method for method, _ in asked])
         return self._hooks.commit(self._hooks.propose(asked, self.step, **arguments))
 
     def freeze(self, frozen: bool = True) -> None:
@@ -356,7 +355,7 @@ class Sparsity:
         """
         self._require_attached()
         self._require_soft()
-        self._hooks.expect_penalty(self.methods)
+        self._hooks.expect_penalty([method for method in self.methods if method.penalized])
         learned = {id(parameter) for group in self.param_groups() for parameter in group["params"]}
         for method in self.methods:
             method.detach()
@@ -374,7 +373,7 @@ class Sparsity:
         self._require_attached()
         self._require_soft()
         self._require_placed()
-        self._hooks.expect_penalty(self.methods)
+        self._hooks.expect_penalty([method for method in self.methods if method.penalized])
         learned = {id(parameter) for group in self.param_groups() for parameter in group["params"]}
         for method in self.methods:
             method.finalize()

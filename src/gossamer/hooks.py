@@ -133,14 +133,13 @@ class StepHooks:
         self._settle()
         self.frozen = frozen
 
-    def expect_penalty(self, methods: Sequence[Method]) -> None:
+    def expect_penalty(self, penalized: Sequence[Method]) -> None:
         """Warn, once, where steps were made without these methods' terms of the loss."""
-        without = [method.name for method in methods if method.penalized]
-        if without and self._stepped and not self.asked:
+        if penalized and self._stepped and not self.asked:
             self.asked = True
             warnings.warn(
-                f"{without[0]}: sparsity.penalty() was never called, and without it in the loss nothing drives what "
-                "is learned towards zeros; train with loss + sparsity.penalty()",
+                f"{penalized[0].name}: sparsity.penalty() was never called, and without it in the loss nothing drives "
+                "what is learned towards zeros; train with loss + sparsity.penalty()",
                 stacklevel=3,
             )
 
@@ -149,8 +148,13 @@ class StepHooks:
     ) -> list[tuple[Method, Proposal]]:
         """Ask methods for new masks; where one fails, the state of all is as before."""
         before = [_snapshot(method.state_dict()) for method, _ in due]
+        penalized = {method for method, _ in due if method.penalized}
         try:
-            return [(method, ask(step, self.state_of, **arguments)) for method, ask in due]
+            found = [(method, ask(step, self.state_of, **arguments)) for method, ask in due]
+            self.expect_penalty(
+                [each for each, made in found if each in penalized and (made.changes or made.skip_step)]
+            )
+            return found
         except BaseException:
             for (method, _), state in zip(due, before, strict=True):
                 method.load_state_dict(state)
@@ -306,7 +310,6 @@ class StepHooks:
             return False
         due = [(method, method.update) for method in self._methods if method.due(self._step)]
         try:
-            self.expect_penalty([method for method, _ in due])
             proposals = self.propose(due, self._step)
         except BaseException:
             self._step -= 1

@@ -162,7 +162,7 @@ class LossyThreshold(Method):
     @property
     def penalized(self) -> bool:  # type: ignore[override]
         """See `Method.penalized`."""
-        return self.strength != 0
+        return any(self._strengths)
 
     def loss_term(self) -> Tensor | None:
         """See `Method.loss_term`: of the forward passes in training since the last step.

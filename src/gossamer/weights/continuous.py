@@ -202,7 +202,6 @@ class ContinuousSparsification(LearnedMethod):
 
     def _next_round(self) -> Proposal:
         """Suppress for good what does not live, and begin the next round with the rest."""
-        self._check_trained()
         self._rounds.end()
         kept = self._chosen(last=False)
         self._warn_of(kept, last=False)
@@ -221,7 +220,6 @@ class ContinuousSparsification(LearnedMethod):
         """Make masks hard."""
         if self.tensors:
             return Proposal([])
-        self._check_trained()
         self._rounds.end(last=True)
         kept = self._chosen(last=True)
         self._warn_of(kept, last=True)
@@ -471,8 +469,7 @@ class ContinuousSparsification(LearnedMethod):
         if frozen := next((each.name for each in self.scored if not each.scores.requires_grad), None):
             raise OrderError(
                 f"{frozen}: its scores are frozen (requires_grad is False), and its masks would harden without them; "
-                "train them until the ticket is taken, or attach without this layer: "
-                f"targets=['!{frozen}']"
+                "train them until the ticket is taken, or attach without this layer (targets)"
             )
 
     def _warn_of(self, kept: Sequence[Tensor], last: bool) -> None:
