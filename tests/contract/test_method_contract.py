@@ -458,39 +458,6 @@ def test_a_step_whose_last_optimizer_was_left_out_is_told_before_the_next_and_be
     assert [step for step, _ in sparsity.methods[0].notes] == [1, 2, 3]
 
 
-class Rewind(gs.Static):
-    """After step 3 puts the first weights back, and lets everything begin anew."""
-
-    def bind(self, model: nn.Module, masks: Any) -> None:
-        super().bind(model, masks)
-        self.model = model
-        self.first = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-    def after_step(self, step: int) -> Proposal | None:
-        if step != 3:
-            return None
-        self.model[0].bias.copy_(self.first["0.bias"])
-        (tensor,) = self.tensors
-        change = Change(tensor, tensor.mask.clone(), tensor.mask.clone(), self.first["0.weight"])
-        return Proposal([change], restarted=list(self.model.parameters()))
-
-
-def test_a_method_can_rewind_weights_and_optimizer_after_a_step():
-    model, again = nn.Sequential(nn.Linear(6, 4)), nn.Sequential(nn.Linear(6, 4))
-    again.load_state_dict(model.state_dict())
-    runs = []
-    for network, method, steps in ((model, Rewind(0.5), 5), (again, gs.Static(0.5), 2)):
-        optimizer = optim.Adam(network.parameters(), lr=0.1)
-        sparsity = gs.attach(network, method, optimizer)
-        for _ in range(steps):
-            network(torch.ones(2, 6)).square().sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        runs.append((flat(network), sparsity.masks()["0.weight"]))
-    assert runs[0][1].equal(runs[1][1])
-    assert runs[0][0].equal(runs[1][0])
-
-
 # -- the end, and other ways to begin ----------------------------------------------------------------------------------
 
 
